@@ -1,0 +1,146 @@
+//! Overlay addresses, and which prefixes may be announced.
+//!
+//! IPv6 is a pure function of cluster id and node id, so nobody can claim another's. IPv4 comes from a small pool: the
+//! n-th choice of a node is a function of its id, and who keeps a clashing one is decided by [`Claim`].
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, Ipv4Net};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::id::NodeId;
+
+/// The pool of overlay IPv4 addresses unless configured otherwise: half of the benchmarking range, which no LAN uses.
+pub const OVERLAY_V4_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(198, 19, 0, 0), 16);
+
+/// The overlay IPv6 /64 of a cluster: `fd`, then 7 bytes of SHA-256(`meshspan/v1 ula`, cluster id).
+pub fn overlay_v6_prefix(cluster_id: &str) -> [u8; 8] {
+    let hash = Sha256::new().chain_update(b"meshspan/v1 ula").chain_update(cluster_id.as_bytes()).finalize();
+    let mut prefix = [0xfd; 8];
+    prefix[1..].copy_from_slice(&hash[..7]);
+    prefix
+}
+
+/// The overlay IPv6 address of a node: the cluster's /64, then 8 bytes of SHA-256(node id). Outlives a new secret.
+pub fn overlay_v6(cluster_id: &str, node: &NodeId) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    octets[..8].copy_from_slice(&overlay_v6_prefix(cluster_id));
+    octets[8..].copy_from_slice(&Sha256::digest(node.0)[..8]);
+    Ipv6Addr::from(octets)
+}
+
+/// The `attempt`-th choice of overlay IPv4 address for a node: SHA-256(`meshspan/v1 v4`, node id, attempt as u32
+/// little-endian), its first 4 bytes big-endian modulo the pool, network and broadcast address left out.
+/// `None` for a pool with no usable host.
+pub fn overlay_v4_choice(pool: Ipv4Net, node: &NodeId, attempt: u32) -> Option<Ipv4Addr> {
+    let hosts = (1u64 << (32 - u32::from(pool.prefix_len()))).checked_sub(2).filter(|hosts| *hosts > 0)?;
+    let hash = Sha256::new()
+        .chain_update(b"meshspan/v1 v4")
+        .chain_update(node.0)
+        .chain_update(attempt.to_le_bytes())
+        .finalize();
+    let word = u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]]);
+    let offset = u32::try_from(1 + u64::from(word) % hosts).expect("the offset stays inside a 32-bit pool");
+    Some(Ipv4Addr::from(u32::from(pool.network()) + offset))
+}
+
+/// A node's claim on its overlay IPv4 address. The smaller claim keeps a clashing address: older first, then the smaller
+/// node id, so a newcomer never moves a running node.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Claim {
+    /// Unix milliseconds, by the claimer's clock, when the address was first taken.
+    pub claimed_at_ms: u64,
+    pub node: NodeId,
+}
+
+/// Why a prefix is not accepted from anyone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
+pub enum PrefixRefusal {
+    #[error("it is a default route")]
+    DefaultRoute,
+    #[error("it is wider than /8 (IPv4) or /16 (IPv6)")]
+    TooWide,
+    #[error("it is loopback, link-local, multicast or unspecified space")]
+    Unroutable,
+}
+
+/// Judges a prefix by itself. `allow_wide` lifts the refusal of default and very wide routes, never the last one.
+pub fn check_prefix(prefix: IpNet, allow_wide: bool) -> Result<(), PrefixRefusal> {
+    let widest = match prefix {
+        IpNet::V4(_) => 8,
+        IpNet::V6(_) => 16,
+    };
+    if !allow_wide && prefix.prefix_len() == 0 {
+        return Err(PrefixRefusal::DefaultRoute);
+    }
+    if !allow_wide && prefix.prefix_len() < widest {
+        return Err(PrefixRefusal::TooWide);
+    }
+    if prefix.prefix_len() >= widest && !is_routable(prefix.network()) {
+        return Err(PrefixRefusal::Unroutable);
+    }
+    Ok(())
+}
+
+/// Whether unicast traffic to this address can cross a router.
+pub fn is_routable(addr: IpAddr) -> bool {
+    match addr {
+        IpAddr::V4(v4) => {
+            !(v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast() || v4.octets()[0] == 0)
+        }
+        IpAddr::V6(v6) => {
+            !(v6.is_loopback()
+                || v6.is_unicast_link_local()
+                || v6.is_multicast()
+                || v6.is_unspecified()
+                || v6.to_ipv4_mapped().is_some())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlay_v6_depends_on_cluster_and_node_only() {
+        let node = NodeId([3; 32]);
+        let addr = overlay_v6("home", &node);
+        assert_eq!(addr.octets()[0], 0xfd);
+        assert_eq!(addr, overlay_v6("home", &node));
+        assert_ne!(addr.octets()[..8], overlay_v6("work", &node).octets()[..8]);
+        assert_ne!(addr, overlay_v6("home", &NodeId([4; 32])));
+    }
+
+    #[test]
+    fn overlay_v4_choices_stay_inside_and_skip_the_ends() {
+        let pool: Ipv4Net = "10.9.0.0/30".parse().unwrap();
+        for attempt in 0..100 {
+            let addr = overlay_v4_choice(pool, &NodeId([9; 32]), attempt).unwrap();
+            assert!(addr > pool.network() && addr < pool.broadcast(), "{addr}");
+        }
+        assert_eq!(overlay_v4_choice("10.9.0.0/31".parse().unwrap(), &NodeId([9; 32]), 0), None);
+    }
+
+    #[test]
+    fn an_older_claim_wins_and_a_tie_goes_to_the_smaller_id() {
+        let claim = |claimed_at_ms, id| Claim { claimed_at_ms, node: NodeId([id; 32]) };
+        assert!(claim(1, 9) < claim(2, 1));
+        assert!(claim(1, 1) < claim(1, 9));
+    }
+
+    #[test]
+    fn wide_and_unroutable_prefixes_are_refused() {
+        let check = |text: &str, wide| check_prefix(text.parse().unwrap(), wide);
+        assert_eq!(check("0.0.0.0/0", false), Err(PrefixRefusal::DefaultRoute));
+        assert_eq!(check("::/0", false), Err(PrefixRefusal::DefaultRoute));
+        assert_eq!(check("128.0.0.0/1", false), Err(PrefixRefusal::TooWide));
+        assert_eq!(check("2000::/12", false), Err(PrefixRefusal::TooWide));
+        assert_eq!(check("0.0.0.0/0", true), Ok(()));
+        assert_eq!(check("10.0.0.0/8", false), Ok(()));
+        for text in ["127.0.0.0/8", "169.254.1.0/24", "224.0.0.0/8", "fe80::/64", "ff02::1/128", "::1/128"] {
+            assert_eq!(check(text, true), Err(PrefixRefusal::Unroutable), "{text}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Where a peer can be reached: candidates, and which of them carries.
+
+pub mod agent;

@@ -1,0 +1,8 @@
+//! Bytes on the wire, v1. `docs/wire.md` gives every byte; `tests/vectors/` holds them: a changed vector is a new version.
+
+pub mod codec;
+pub mod demux;
+pub mod frame;
+pub mod record;
+pub mod session;
+pub mod stun;
