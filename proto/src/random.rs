@@ -27,7 +27,13 @@ impl SplitMix64 {
     /// Between half of `full` and all of it.
     pub fn jitter(&mut self, full: Duration) -> Duration {
         let half = full / 2;
-        half + Duration::from_nanos(self.below(u64::try_from(half.as_nanos()).unwrap_or(u64::MAX).saturating_add(1)))
+        half + Duration::from_nanos(
+            self.below(
+                u64::try_from(half.as_nanos())
+                    .unwrap_or(u64::MAX)
+                    .saturating_add(1),
+            ),
+        )
     }
 }
 
@@ -40,8 +46,15 @@ mod tests {
         let mut random = SplitMix64::new(1);
         let full = Duration::from_secs(10);
         let drawn: Vec<_> = (0..1000).map(|_| random.jitter(full)).collect();
-        assert!(drawn.iter().all(|pause| *pause >= full / 2 && *pause <= full));
-        assert!(drawn.iter().any(|pause| *pause < full * 6 / 10) && drawn.iter().any(|pause| *pause > full * 9 / 10));
+        assert!(
+            drawn
+                .iter()
+                .all(|pause| *pause >= full / 2 && *pause <= full)
+        );
+        assert!(
+            drawn.iter().any(|pause| *pause < full * 6 / 10)
+                && drawn.iter().any(|pause| *pause > full * 9 / 10)
+        );
         assert_eq!(random.jitter(Duration::ZERO), Duration::ZERO);
     }
 }
