@@ -230,7 +230,7 @@ impl Agent {
     /// Own addresses with the WireGuard port, and where servers see us, in case the port is the same outside.
     fn candidates(&self) -> Vec<Candidate> {
         let port = self.settings.listen_port;
-        let allowed = |addr: &IpAddr| self.settings.endpoint_filter.allows(*addr);
+        let allowed = |addr: &IpAddr| self.settings.endpoint_filter.passes(*addr);
         let host: BTreeSet<IpAddr> = self.host_addresses().filter(allowed).collect();
         let seen = self
             .server_facts
