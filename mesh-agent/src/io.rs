@@ -1,0 +1,3 @@
+//! The world outside the process, one file a kind.
+
+pub mod session;
