@@ -260,8 +260,19 @@ mod tests {
     #[test]
     fn right_values_are_read() {
         let cli = Cli::try_parse_from([
-            "discovery-server", "--listen", ":7443", "--stun", "127.0.0.1:0", "--ttl", "2m", "--own-name", "Disc.Example",
-            "--advertise", "[2001:db8::1]:443", "--state-dir", "/tmp/x",
+            "discovery-server",
+            "--listen",
+            ":7443",
+            "--stun",
+            "127.0.0.1:0",
+            "--ttl",
+            "2m",
+            "--own-name",
+            "Disc.Example",
+            "--advertise",
+            "[2001:db8::1]:443",
+            "--state-dir",
+            "/tmp/x",
         ])
         .unwrap();
         assert_eq!(cli.identity.listen, Some("[::]:7443".parse().unwrap()));

@@ -47,7 +47,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const READ_BUFFER: usize = 4 * 1024;
 const WRITE_BUFFER: usize = 16 * 1024;
 
-const NOT_A_PAGE: &str = "This is a Meshspan discovery server. Agents talk to it by themselves; there is nothing to see here.\n";
+const NOT_A_PAGE: &str =
+    "This is a Meshspan discovery server. Agents talk to it by themselves; there is nothing to see here.\n";
 
 /// Accepts agents on the session port, for ever.
 pub(crate) async fn accept_sessions(listener: TcpListener, tls: TlsAcceptor, hub: Arc<Hub>, gate: Arc<Gate>) {

@@ -35,7 +35,8 @@ const OTHER_FILES: u64 = 256;
 /// Serves until SIGTERM or SIGINT.
 pub(crate) fn run(identity: &IdentityArgs, args: &ServeArgs) -> anyhow::Result<()> {
     let tls = Identity::load_or_make(&identity.key_source())?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(serve(identity, args, &tls))
 }
 
@@ -44,7 +45,8 @@ pub(crate) fn advertised(given: Option<&Advertised>, listens: SocketAddr) -> Adv
     if let Some(given) = given {
         return given.clone();
     }
-    let ip = if listens.ip().is_unspecified() { socket::reachable_address().unwrap_or(listens.ip()) } else { listens.ip() };
+    let ip =
+        if listens.ip().is_unspecified() { socket::reachable_address().unwrap_or(listens.ip()) } else { listens.ip() };
     SocketAddr::new(ip, listens.port()).into()
 }
 
@@ -93,7 +95,11 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
         house.spawn(feed_watchdog(interval / 2, hub.clone()));
     }
 
-    announce(&format!("endpoint=https://{}\npin={}\n", advertised(identity.advertise.as_ref(), pair.address), tls.pin()));
+    announce(&format!(
+        "endpoint=https://{}\npin={}\n",
+        advertised(identity.advertise.as_ref(), pair.address),
+        tls.pin()
+    ));
     let open = args.only_namespaces().is_empty();
     info!(
         listen = %pair.address,
@@ -163,8 +169,9 @@ fn bind_stun(given: Option<Stun>, listens: SocketAddr) -> anyhow::Result<Option<
             warn!(%error, "no STUN: UDP ports {} and {} cannot be had; choose others with --stun", first.port(), second.port());
             Ok(None)
         }
-        (Err(error), Some(_)) => Err(error)
-            .with_context(|| format!("cannot use UDP {first} and the port after it for STUN: choose others with --stun, or --stun off")),
+        (Err(error), Some(_)) => Err(error).with_context(|| {
+            format!("cannot use UDP {first} and the port after it for STUN: choose others with --stun, or --stun off")
+        }),
     }
 }
 
@@ -211,6 +218,8 @@ fn raise_file_limit(sessions: usize) {
     }
     let wanted = sessions as u64 + OTHER_FILES;
     if hard < wanted {
-        warn!("{hard} open files are allowed, {sessions} sessions over TCP may need {wanted}: raise the limit (LimitNOFILE=) or lower --max-connections");
+        warn!(
+            "{hard} open files are allowed, {sessions} sessions over TCP may need {wanted}: raise the limit (LimitNOFILE=) or lower --max-connections"
+        );
     }
 }

@@ -3,6 +3,7 @@
 //! A library so that `bench` and the tests of other crates can drive its parts; the binary only calls it.
 
 pub mod clock;
+pub mod device;
 pub mod durable;
 pub mod io;
 pub mod secrets;

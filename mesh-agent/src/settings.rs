@@ -18,7 +18,9 @@ pub async fn load(config: &Config) -> anyhow::Result<Settings> {
     let mut static_peers = Vec::new();
     for (place, peer) in mesh.static_peers.iter().enumerate() {
         let endpoint = match &peer.endpoint {
-            Some(endpoint) => Some(resolve(endpoint).await.with_context(|| format!("mesh.staticPeers[{place}].endpoint"))?),
+            Some(endpoint) => {
+                Some(resolve(endpoint).await.with_context(|| format!("mesh.staticPeers[{place}].endpoint"))?)
+            }
             None => None,
         };
         let preshared_key = peer.preshared_key_file.as_deref().map(secrets::preshared_key).transpose()?;

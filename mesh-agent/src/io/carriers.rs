@@ -19,7 +19,10 @@ const INBOUND_QUEUE: usize = 256;
 
 #[derive(Debug)]
 pub enum CarrierEvent {
-    Connected { exporter: [u8; 32], kind: CarrierKind },
+    Connected {
+        exporter: [u8; 32],
+        kind: CarrierKind,
+    },
     Message(Bytes),
     /// Dialling failed or the carrier broke, for this reason.
     Closed(String),

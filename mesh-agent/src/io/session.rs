@@ -181,7 +181,8 @@ impl Dialer {
         match attempt.kind {
             CarrierKind::Quic => {
                 let endpoint = if attempt.to.is_ipv4() { &self.v4 } else { &self.v6 };
-                let endpoint = endpoint.as_ref().ok_or_else(|| Failure::Unreachable("no such address family here".to_owned()))?;
+                let endpoint =
+                    endpoint.as_ref().ok_or_else(|| Failure::Unreachable("no such address family here".to_owned()))?;
                 quic::dial(endpoint, attempt.to, server).await
             }
             CarrierKind::WebSocket => websocket::dial(attempt.to, server).await,
