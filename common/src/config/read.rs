@@ -11,7 +11,7 @@ use super::scalar::{Reader, Section, Setting};
 use super::tree::{Node, Value, parse as parse_tree};
 use super::values::{ExpectedValue, parse_keepalive};
 use super::{
-    AgentSettings, ClusterId, Config, DEFAULT_SECRET_FILE, DiscoveryServer, EndpointFilter,
+    AgentSettings, ClusterId, Config, DiscoveryServer, EndpointFilter,
     FilterEntry, InterfaceName, LogFormat, Mesh, SecretSource, StaticPeer,
 };
 use crate::addr::check_prefix;
