@@ -20,6 +20,7 @@ pub mod discovery;
 pub mod fuzz;
 pub mod mesh;
 pub mod path;
+pub mod random;
 pub mod sealed;
 pub mod wg;
 pub mod wire;
