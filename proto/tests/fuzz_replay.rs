@@ -125,5 +125,6 @@ impl Random {
 
 /// A start for each file and round, so that one round can be repeated alone.
 fn mix(seed: u64, file: &[u8], round: u64) -> u64 {
-    file.iter().fold(seed ^ round.rotate_left(32), |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    file.iter()
+        .fold(seed ^ round.rotate_left(32), |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }

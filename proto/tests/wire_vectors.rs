@@ -15,7 +15,7 @@ use mesh_common::key::{ClusterKeys, ClusterSecret, PresharedKey, SignKey, WgProo
 use mesh_common::nat::{Filtering, Mapping, NatClass};
 use mesh_proto::sealed::{self, Opened};
 use mesh_proto::wire::frame::{Frame, Kind};
-use mesh_proto::wire::record::{Candidate, CandidateKind, DecodeRecordError, OverlayV4, Record};
+use mesh_proto::wire::record::{Candidate, CandidateKind, DecodeRecordError, OverlayV4, PrefixClaim, Record};
 use mesh_proto::wire::session::{
     ALPN, Binding, ClientMessage, Cursor, DecodeError, Deframer, EXPORTER_LABEL, ErrorCode, Hello, ServerMessage,
     SessionError, WEBSOCKET_PATH, Welcome, enframe,
@@ -52,7 +52,8 @@ fn keys_and_addresses_are_derived_as_written() {
     }
     for vector in list(&vectors["overlay_v4"]) {
         let attempt = u32::try_from(number(&vector["attempt"])).unwrap();
-        let choice = overlay_v4_choice(text(&vector["pool"]).parse().unwrap(), &node(&vector["node"]), attempt).unwrap();
+        let choice =
+            overlay_v4_choice(text(&vector["pool"]).parse().unwrap(), &node(&vector["node"]), attempt).unwrap();
         assert_eq!(choice.to_string(), text(&vector["addr"]));
     }
 }
@@ -223,7 +224,8 @@ fn server_message(vector: &Value) -> ServerMessage {
 }
 
 fn record(value: &Value) -> Record {
-    let prefixes = |value: &Value| list(value).iter().map(|prefix| text(prefix).parse().unwrap()).collect();
+    let prefix = |value: &Value| text(value).parse().unwrap();
+    let claim = |value: &Value| PrefixClaim { prefix: prefix(&value["prefix"]), since_ms: number(&value["since_ms"]) };
     let nat = |value: &Value| NatClass {
         mapping: [
             Mapping::Unknown,
@@ -253,8 +255,8 @@ fn record(value: &Value) -> Record {
             addr: text(&v4["addr"]).parse().unwrap(),
             claimed_at_ms: number(&v4["claimed_at_ms"]),
         }),
-        prefixes: prefixes(&value["prefixes"]),
-        excluded_prefixes: prefixes(&value["excluded_prefixes"]),
+        prefixes: list(&value["prefixes"]).iter().map(claim).collect(),
+        excluded_prefixes: list(&value["excluded_prefixes"]).iter().map(prefix).collect(),
         candidates: list(&value["candidates"]).iter().map(candidate).collect(),
         nat_v4: nat(&value["nat_v4"]),
         nat_v6: nat(&value["nat_v6"]),

@@ -205,7 +205,9 @@ fn xor_address(value: &[u8], transaction: &[u8; 12]) -> Option<SocketAddr> {
     let port = u16::from_be_bytes([high, low]) ^ (MAGIC_COOKIE >> 16) as u16;
     let ip = match family {
         FAMILY_V4 => IpAddr::from(Ipv4Addr::from_bits(u32::from_be_bytes(addr.try_into().ok()?) ^ MAGIC_COOKIE)),
-        FAMILY_V6 => IpAddr::from(Ipv6Addr::from_bits(u128::from_be_bytes(addr.try_into().ok()?) ^ mask_v6(transaction))),
+        FAMILY_V6 => {
+            IpAddr::from(Ipv6Addr::from_bits(u128::from_be_bytes(addr.try_into().ok()?) ^ mask_v6(transaction)))
+        }
         _ => return None,
     };
     Some(canonical(SocketAddr::new(ip, port)))
