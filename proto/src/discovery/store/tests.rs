@@ -177,7 +177,7 @@ fn a_slot_outlives_its_last_session_by_the_ttl() {
     store.attach(space(), node(1), at(30)).unwrap();
     assert_eq!(store.poll_timeout(), None);
     store.detach(space(), node(1), at(40));
-    store.handle_timeout(at(40) + SLOT_TTL - Duration::from_nanos(1));
+    store.handle_timeout(at(40) + (SLOT_TTL - Duration::from_nanos(1)));
     assert_eq!(read(&store, 9, &mut watcher), []);
     let expired = store.handle_timeout(at(40) + SLOT_TTL);
     assert_eq!(expired.changed, BTreeSet::from([space()]));
