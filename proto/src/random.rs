@@ -28,6 +28,11 @@ impl SplitMix64 {
         (product >> 64) as u64
     }
 
+    /// Between half of `full` and all of it.
+    pub fn jitter(&mut self, full: Duration) -> Duration {
+        self.between(full / 2, full)
+    }
+
     /// A duration from `low` to `high`, both possible; `low` when it is not the smaller one.
     pub fn between(&mut self, low: Duration, high: Duration) -> Duration {
         let nanos = u64::try_from(high.saturating_sub(low).as_nanos()).unwrap_or(u64::MAX);
@@ -55,5 +60,15 @@ mod tests {
         assert_eq!(drawn, (5..=8).map(Duration::from_nanos).collect());
         assert_eq!(random.between(high, low), high);
         assert_eq!(random.below(0), 0);
+    }
+
+    #[test]
+    fn jitter_stays_between_half_and_all() {
+        let mut random = SplitMix64::new(1);
+        let full = Duration::from_secs(10);
+        let drawn: Vec<_> = (0..1000).map(|_| random.jitter(full)).collect();
+        assert!(drawn.iter().all(|pause| *pause >= full / 2 && *pause <= full));
+        assert!(drawn.iter().any(|pause| *pause < full * 6 / 10) && drawn.iter().any(|pause| *pause > full * 9 / 10));
+        assert_eq!(random.jitter(Duration::ZERO), Duration::ZERO);
     }
 }

@@ -31,7 +31,7 @@ pub struct Record {
     pub overlay_v6: Ipv6Addr,
     /// Absent until the node has seen its peers' and chosen a free one.
     pub overlay_v4: Option<OverlayV4>,
-    pub prefixes: Vec<IpNet>,
+    pub prefixes: Vec<PrefixClaim>,
     pub excluded_prefixes: Vec<IpNet>,
     pub candidates: Vec<Candidate>,
     pub nat_v4: NatClass,
@@ -55,6 +55,14 @@ pub struct Record {
 pub struct OverlayV4 {
     pub addr: Ipv4Addr,
     pub claimed_at_ms: u64,
+}
+
+/// A prefix behind the node, and since when it announces it: the smallest (since, node id) owns a prefix everywhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefixClaim {
+    pub prefix: IpNet,
+    /// Unix milliseconds by the node's clock.
+    pub since_ms: u64,
 }
 
 /// An address at which the node may be reached from outside.
@@ -133,7 +141,8 @@ struct WireRecord {
     host_name: HostName,
     overlay_v6: [u8; 16],
     overlay_v4: Option<([u8; 4], u64)>,
-    prefixes: List<WirePrefix, MAX_PREFIXES>,
+    /// Each with its since_ms.
+    prefixes: List<(WirePrefix, u64), MAX_PREFIXES>,
     excluded_prefixes: List<WirePrefix, MAX_PREFIXES>,
     candidates: List<(u8, WireAddr), MAX_CANDIDATES>,
     nat_v4: [u8; 2],
@@ -150,7 +159,7 @@ struct WireRecord {
 
 impl From<&Record> for WireRecord {
     fn from(record: &Record) -> Self {
-        let prefixes = |prefixes: &[IpNet]| List(prefixes.iter().copied().map(WirePrefix).collect());
+        let claim = |claim: &PrefixClaim| (WirePrefix(claim.prefix), claim.since_ms);
         let candidate = |candidate: &Candidate| (candidate_byte(candidate.kind), WireAddr(candidate.addr));
         Self {
             wg_key: record.wg_key.0,
@@ -159,8 +168,8 @@ impl From<&Record> for WireRecord {
             host_name: record.host_name.clone(),
             overlay_v6: record.overlay_v6.octets(),
             overlay_v4: record.overlay_v4.map(|v4| (v4.addr.octets(), v4.claimed_at_ms)),
-            prefixes: prefixes(&record.prefixes),
-            excluded_prefixes: prefixes(&record.excluded_prefixes),
+            prefixes: List(record.prefixes.iter().map(claim).collect()),
+            excluded_prefixes: List(record.excluded_prefixes.iter().copied().map(WirePrefix).collect()),
             candidates: List(record.candidates.iter().map(candidate).collect()),
             nat_v4: nat_bytes(record.nat_v4),
             nat_v6: nat_bytes(record.nat_v6),
@@ -179,7 +188,7 @@ impl From<&Record> for WireRecord {
 impl WireRecord {
     /// `None` for a value that no kind or class has.
     fn into_record(self) -> Option<Record> {
-        let prefixes = |list: List<WirePrefix, MAX_PREFIXES>| list.0.into_iter().map(|prefix| prefix.0).collect();
+        let claim = |(prefix, since_ms): (WirePrefix, u64)| PrefixClaim { prefix: prefix.0, since_ms };
         let candidate = |(kind, addr): (u8, WireAddr)| Some(Candidate { kind: candidate_kind(kind)?, addr: addr.0 });
         Some(Record {
             wg_key: WgPublicKey(self.wg_key),
@@ -187,8 +196,8 @@ impl WireRecord {
             host_name: self.host_name,
             overlay_v6: self.overlay_v6.into(),
             overlay_v4: self.overlay_v4.map(|(addr, claimed_at_ms)| OverlayV4 { addr: addr.into(), claimed_at_ms }),
-            prefixes: prefixes(self.prefixes),
-            excluded_prefixes: prefixes(self.excluded_prefixes),
+            prefixes: self.prefixes.0.into_iter().map(claim).collect(),
+            excluded_prefixes: self.excluded_prefixes.0.into_iter().map(|prefix| prefix.0).collect(),
             candidates: self.candidates.0.into_iter().map(candidate).collect::<Option<_>>()?,
             nat_v4: nat_class(self.nat_v4)?,
             nat_v6: nat_class(self.nat_v6)?,

@@ -2,8 +2,8 @@
 
 use mesh_common::key::ClusterKeys;
 use mesh_common::limits::{
-    MAX_FAILED_PROOFS_PER_MINUTE, MAX_UNPROVEN_PER_IP, NEW_NAMESPACES_PER_IP_PER_HOUR, PUT_BURST, PUT_INTERVAL, SLOT_TTL,
-    TOMBSTONE_TTL,
+    MAX_FAILED_PROOFS_PER_MINUTE, MAX_UNPROVEN_PER_IP, NEW_NAMESPACES_PER_IP_PER_HOUR, PUT_BURST, PUT_INTERVAL,
+    SLOT_TTL, TOMBSTONE_TTL,
 };
 use proptest::prelude::*;
 
@@ -47,7 +47,9 @@ fn watch() -> Bytes {
 
 /// All this connection is told now.
 fn drain(server: &mut Server, conn: u64, now: Instant) -> Vec<ServerMessage> {
-    std::iter::from_fn(|| server.poll_transmit(ConnId(conn), now)).map(|bytes| ServerMessage::decode(&bytes).unwrap()).collect()
+    std::iter::from_fn(|| server.poll_transmit(ConnId(conn), now))
+        .map(|bytes| ServerMessage::decode(&bytes).unwrap())
+        .collect()
 }
 
 fn events(server: &mut Server) -> Vec<ServerEvent> {
@@ -456,8 +458,7 @@ fn puts_of_others_bad_frames_and_old_ones_are_refused_and_the_session_stays() {
         *bytes.last_mut().unwrap() ^= 1;
         Bytes::from(bytes)
     };
-    let other_cluster =
-        ClientMessage::Put(frame(keys(2).namespace, 1, Kind::Record, 9).as_bytes().clone()).encode();
+    let other_cluster = ClientMessage::Put(frame(keys(2).namespace, 1, Kind::Record, 9).as_bytes().clone()).encode();
     let cases = [
         (put(2, 9), ErrorCode::BadFrame, reason::FOREIGN_FRAME),
         (other_cluster, ErrorCode::BadFrame, reason::FOREIGN_FRAME),

@@ -364,9 +364,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
 fn signed(of: u8, seq: u64, kind: Kind) -> Frame {
     static FRAMES: OnceLock<Vec<Frame>> = OnceLock::new();
     let frames = FRAMES.get_or_init(|| {
-        (1..=NODES)
-            .flat_map(|of| (1..=SEQS).flat_map(move |seq| [record(of, seq), farewell(of, seq)]))
-            .collect()
+        (1..=NODES).flat_map(|of| (1..=SEQS).flat_map(move |seq| [record(of, seq), farewell(of, seq)])).collect()
     });
     let index = (u64::from(of - 1) * SEQS + seq - 1) * 2 + u64::from(kind == Kind::Tombstone);
     frames[usize::try_from(index).unwrap()].clone()

@@ -17,7 +17,10 @@ pub(crate) fn record_of(node: &NodeId) -> Record {
         host_name: HostName::try_from("node-1".to_owned()).unwrap(),
         overlay_v6: overlay_v6("home", node),
         overlay_v4: Some(OverlayV4 { addr: Ipv4Addr::new(198, 19, 3, 4), claimed_at_ms: 1_700_000_000_000 }),
-        prefixes: vec!["10.42.1.0/24".parse().unwrap(), "fd00:42:1::/64".parse().unwrap()],
+        prefixes: vec![
+            PrefixClaim { prefix: "10.42.1.0/24".parse().unwrap(), since_ms: 1_700_000_000_050 },
+            PrefixClaim { prefix: "fd00:42:1::/64".parse().unwrap(), since_ms: 1_700_000_000_060 },
+        ],
         excluded_prefixes: vec!["10.42.1.128/25".parse().unwrap()],
         candidates: vec![
             Candidate { kind: CandidateKind::Host, addr: "192.0.2.7:51872".parse().unwrap() },
@@ -58,7 +61,7 @@ prop_compose! {
     fn any_record()(
         host_name in "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",
         overlay_v4 in proptest::option::of((any::<[u8; 4]>(), any::<u64>())),
-        prefixes in vec(prefix(), 0..=MAX_PREFIXES),
+        prefixes in vec((prefix(), any::<u64>()).prop_map(|(prefix, since_ms)| PrefixClaim { prefix, since_ms }), 0..=MAX_PREFIXES),
         excluded_prefixes in vec(prefix(), 0..5),
         candidates in vec(candidate(), 0..=MAX_CANDIDATES),
         (nat_v4, nat_v6) in (nat(), nat()),
