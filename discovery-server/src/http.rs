@@ -47,7 +47,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const READ_BUFFER: usize = 4 * 1024;
 const WRITE_BUFFER: usize = 16 * 1024;
 
-const NOT_A_PAGE: &str = "This is a Meshspan discovery server. Agents talk to it by themselves; there is nothing to see here.\n";
+const NOT_A_PAGE: &str =
+    "This is a Meshspan discovery server. Agents talk to it by themselves; there is nothing to see here.\n";
 
 /// Accepts agents on the session port, for ever.
 pub(crate) async fn accept_sessions(listener: TcpListener, tls: TlsAcceptor, hub: Arc<Hub>, gate: Arc<Gate>) {
@@ -126,8 +127,7 @@ fn http1() -> hyper::server::conn::http1::Builder {
         .timer(TokioTimer::new())
         .header_read_timeout(REQUEST_TIMEOUT)
         .max_buf_size(MAX_HEAD)
-        .max_headers(MAX_HEADERS)
-        .keep_alive(false);
+        .max_headers(MAX_HEADERS);
     builder
 }
 
@@ -254,6 +254,7 @@ fn health_page(request: &Request<Incoming>, health: &Health) -> Response<Full<By
 fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }

@@ -38,7 +38,8 @@ pub(crate) fn endpoint(socket: UdpSocket, tls: rustls::ServerConfig) -> anyhow::
     let mut shared = EndpointConfig::default();
     // Agents may one day share their port with other protocols: the fixed bit stays fixed.
     shared.grease_quic_bit(false);
-    Endpoint::new(shared, Some(config), socket, Arc::new(quinn::TokioRuntime)).context("cannot start QUIC on its UDP socket")
+    Endpoint::new(shared, Some(config), socket, Arc::new(quinn::TokioRuntime))
+        .context("cannot start QUIC on its UDP socket")
 }
 
 /// Accepts until the endpoint is closed. What goes wrong with one connection stays with it.

@@ -93,7 +93,9 @@ fn bind_pair(address: SocketAddr) -> io::Result<Pair> {
         let bound = tcp.local_addr()?;
         match bind_udp(bound) {
             Ok(udp) => return Ok(Pair { tcp, udp, address: bound }),
-            Err(error) if address.port() == 0 && error.kind() == ErrorKind::AddrInUse && attempt < PORT_ATTEMPTS => attempt += 1,
+            Err(error) if address.port() == 0 && error.kind() == ErrorKind::AddrInUse && attempt < PORT_ATTEMPTS => {
+                attempt += 1
+            }
             Err(error) => return Err(error),
         }
     }

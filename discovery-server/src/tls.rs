@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use data_encoding::HEXLOWER;
+use mesh_common::config::Pin;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -40,7 +40,9 @@ pub(crate) enum IdentityError {
          To start over with a new pin, move the file away"
     )]
     DamagedKey { path: PathBuf, reason: String },
-    #[error("{path} is not usable ({reason}): give a PEM certificate chain with --tls-cert and its PEM private key with --tls-key")]
+    #[error(
+        "{path} is not usable ({reason}): give a PEM certificate chain with --tls-cert and its PEM private key with --tls-key"
+    )]
     BadFile { path: PathBuf, reason: String },
     #[error("{cert} and {key} do not belong together: give the key this certificate was made for")]
     Mismatch { cert: PathBuf, key: PathBuf },
@@ -54,7 +56,7 @@ pub(crate) enum IdentityError {
 pub(crate) struct Identity {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
-    pin: [u8; 32],
+    pin: Pin,
 }
 
 impl Identity {
@@ -90,9 +92,8 @@ impl Identity {
         }
     }
 
-    /// `sha256:` and 64 hex digits.
-    pub(crate) fn pin(&self) -> String {
-        format!("sha256:{}", HEXLOWER.encode(&self.pin))
+    pub(crate) fn pin(&self) -> Pin {
+        self.pin
     }
 
     /// TLS for the TCP port: HTTP/1.1 inside.
@@ -109,7 +110,9 @@ impl Identity {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
-            .and_then(|builder| builder.with_no_client_auth().with_single_cert(self.chain.clone(), self.key.clone_key()))
+            .and_then(|builder| {
+                builder.with_no_client_auth().with_single_cert(self.chain.clone(), self.key.clone_key())
+            })
             .map_err(|e| IdentityError::Make(e.to_string()))?;
         config.alpn_protocols = vec![alpn.to_vec()];
         // Every connection proves itself anew: no resumption, no 0-RTT.
@@ -140,15 +143,17 @@ impl Identity {
         let provider = rustls::crypto::ring::default_provider();
         match rustls::sign::CertifiedKey::from_der(chain.clone(), private.clone_key(), &provider) {
             Ok(_) => Ok(Self { chain, key: private, pin }),
-            Err(rustls::Error::InconsistentKeys(_)) => Err(IdentityError::Mismatch { cert: cert.to_owned(), key: key.to_owned() }),
+            Err(rustls::Error::InconsistentKeys(_)) => {
+                Err(IdentityError::Mismatch { cert: cert.to_owned(), key: key.to_owned() })
+            }
             Err(e) => Err(bad(key, e.to_string())),
         }
     }
 }
 
-fn pin_of(certificate: &CertificateDer<'_>) -> Result<[u8; 32], rustls::Error> {
+fn pin_of(certificate: &CertificateDer<'_>) -> Result<Pin, rustls::Error> {
     let parsed = ParsedCertificate::try_from(certificate)?;
-    Ok(Sha256::digest(parsed.subject_public_key_info().as_ref()).into())
+    Ok(Pin(Sha256::digest(parsed.subject_public_key_info().as_ref()).into()))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
@@ -235,7 +240,9 @@ mod tests {
         fs::write(path("empty.pem"), "").unwrap();
 
         let pin = |cert: &str, key: &str| {
-            Identity::load(&KeySource::Files { cert: path(cert), key: path(key) }).map(|identity| identity.pin()).map_err(|e| e.to_string())
+            Identity::load(&KeySource::Files { cert: path(cert), key: path(key) })
+                .map(|identity| identity.pin())
+                .map_err(|e| e.to_string())
         };
         assert_eq!(pin("old.pem", "key.pem").unwrap(), pin("new.pem", "key.pem").unwrap());
         assert!(pin("old.pem", "other.pem").unwrap_err().contains("do not belong together"));

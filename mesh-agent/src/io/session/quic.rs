@@ -13,13 +13,16 @@ use mesh_common::limits::{MAX_MESSAGE, SESSION_IDLE, SESSION_KEEPALIVE};
 use mesh_proto::wire::session::{ALPN, Deframer, EXPORTER_LABEL, enframe};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{
-    Connection, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, ReadError, RecvStream, SendStream, TransportConfig,
-    VarInt,
+    Connection, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, ReadError, RecvStream, SendStream,
+    TransportConfig, VarInt,
 };
 use tokio::time::timeout;
 
 use super::pinned::{Pinned, sni};
-use super::{Carrier, CarrierError, CarrierKind, CarrierReceiver, CarrierSender, Failure, Receiving, Sending, ServerAddress, marked};
+use super::{
+    Carrier, CarrierError, CarrierKind, CarrierReceiver, CarrierSender, Failure, Receiving, Sending, ServerAddress,
+    marked,
+};
 
 /// Bytes in flight from the server: a snapshot comes in a few round trips.
 const RECEIVE_WINDOW: u32 = 256 * 1024;
@@ -99,12 +102,16 @@ impl Receiver {
                 Ok(Some(message)) if message.is_empty() => continue,
                 Ok(Some(message)) => return Some(Ok(message)),
                 Ok(None) => {}
-                Err(error) => return Some(Err(CarrierError(format!("the server does not keep to the protocol: {error}")))),
+                Err(error) => {
+                    return Some(Err(CarrierError(format!("the server does not keep to the protocol: {error}"))));
+                }
             }
             match self.stream.read_chunk(MAX_MESSAGE, true).await {
                 Ok(Some(chunk)) => self.deframer.push(&chunk.bytes),
                 Ok(None) => return None,
-                Err(ReadError::ConnectionLost(ConnectionError::ApplicationClosed(_) | ConnectionError::LocallyClosed)) => {
+                Err(ReadError::ConnectionLost(
+                    ConnectionError::ApplicationClosed(_) | ConnectionError::LocallyClosed,
+                )) => {
                     return None;
                 }
                 Err(ReadError::ConnectionLost(reason)) => return Some(Err(CarrierError(describe(&reason)))),
@@ -136,7 +143,9 @@ fn failure(error: &ConnectionError) -> Failure {
         ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) & !0xff == CRYPTO_ERROR => {
             Failure::NotADiscoveryServer("it refused our TLS over QUIC".to_owned())
         }
-        ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_) | ConnectionError::Reset => Failure::HungUp,
+        ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_) | ConnectionError::Reset => {
+            Failure::HungUp
+        }
         ConnectionError::TransportError(error) if u64::from(error.code) & !0xff == CRYPTO_ERROR => {
             Failure::NotADiscoveryServer("its TLS over QUIC does not fit".to_owned())
         }

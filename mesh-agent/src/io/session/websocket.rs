@@ -21,7 +21,10 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
 use super::pinned::{Pinned, sni};
-use super::{Carrier, CarrierError, CarrierKind, CarrierReceiver, CarrierSender, Failure, Receiving, Sending, ServerAddress, marked};
+use super::{
+    Carrier, CarrierError, CarrierKind, CarrierReceiver, CarrierSender, Failure, Receiving, Sending, ServerAddress,
+    marked,
+};
 
 const BUFFER: usize = 16 * 1024;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -38,10 +41,8 @@ pub(super) async fn dial(to: SocketAddr, server: &ServerAddress) -> Result<Carri
     let stream = marked::connect(to).await.map_err(|error| unreachable(&error))?;
     let pinned = Pinned::new(server.pin);
     let connector = TlsConnector::from(Arc::new(pinned.config(b"http/1.1")));
-    let stream = connector
-        .connect(sni(&server.host), stream)
-        .await
-        .map_err(|error| pinned.or(handshake_failure(&error)))?;
+    let stream =
+        connector.connect(sni(&server.host), stream).await.map_err(|error| pinned.or(handshake_failure(&error)))?;
     let exporter = stream
         .get_ref()
         .1
@@ -51,8 +52,9 @@ pub(super) async fn dial(to: SocketAddr, server: &ServerAddress) -> Result<Carri
     let not_ours = |reason: String| Failure::NotADiscoveryServer(reason);
     let https = server.to_string();
     let authority = https.trim_start_matches("https://");
-    let mut request =
-        format!("wss://{authority}{WEBSOCKET_PATH}").into_client_request().map_err(|error| not_ours(error.to_string()))?;
+    let mut request = format!("wss://{authority}{WEBSOCKET_PATH}")
+        .into_client_request()
+        .map_err(|error| not_ours(error.to_string()))?;
     request.headers_mut().insert("Sec-WebSocket-Protocol", HeaderValue::from_static(ALPN));
     let config = WebSocketConfig::default()
         .read_buffer_size(BUFFER)
@@ -95,7 +97,9 @@ impl Receiver {
                 Ok(Message::Ping(_) | Message::Pong(_)) => {}
                 Ok(Message::Close(_)) | Err(Error::ConnectionClosed | Error::AlreadyClosed) => return None,
                 Ok(Message::Text(_) | Message::Frame(_)) => {
-                    return Some(Err(CarrierError("the server does not keep to the protocol: a text message".to_owned())));
+                    return Some(Err(CarrierError(
+                        "the server does not keep to the protocol: a text message".to_owned(),
+                    )));
                 }
                 Err(error) => return Some(Err(describe(&error))),
             }
