@@ -44,8 +44,8 @@ pub struct ServerAddress {
     pub pin: [u8; 32],
 }
 
-/// Opens carriers. Made once, inside a tokio runtime: it owns the UDP sockets of all QUIC sessions.
-#[derive(Debug)]
+/// Opens carriers. Made once, inside a tokio runtime: it owns the UDP sockets of all QUIC sessions, and clones share them.
+#[derive(Debug, Clone)]
 pub struct Dialer {
     v4: Option<Endpoint>,
     v6: Option<Endpoint>,

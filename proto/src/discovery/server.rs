@@ -60,9 +60,16 @@ pub enum ServerEvent {
     /// Send what is queued, then close the carrier.
     Close(ConnId),
     /// This connection has proven to be this node.
-    Joined { conn: ConnId, namespace: Namespace, node: NodeId },
+    Joined {
+        conn: ConnId,
+        namespace: Namespace,
+        node: NodeId,
+    },
     /// The last session of this node ended; its slot starts its TTL.
-    Left { namespace: Namespace, node: NodeId },
+    Left {
+        namespace: Namespace,
+        node: NodeId,
+    },
     NamespaceOpened(Namespace),
     NamespaceFreed(Namespace),
 }

@@ -248,10 +248,7 @@ impl Store {
     pub fn watch(&self, namespace: &Namespace, cursor: Option<Cursor>) -> Watcher {
         let known = cursor.filter(|cursor| {
             cursor.server_instance == self.config.instance
-                && self
-                    .spaces
-                    .get(namespace)
-                    .is_some_and(|space| (space.floor..=space.head).contains(&cursor.version))
+                && self.spaces.get(namespace).is_some_and(|space| (space.floor..=space.head).contains(&cursor.version))
         });
         Watcher {
             position: known.map_or(0, |cursor| cursor.version),
