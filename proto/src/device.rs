@@ -80,7 +80,10 @@ pub struct Route {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RouteKind {
     /// `dev mesh0`, metric [`Self::DEV_METRIC`], the source address hint of the route's family, MTU unless the link's.
-    Dev { mtu: Option<u16>, source: Option<IpAddr> },
+    Dev {
+        mtu: Option<u16>,
+        source: Option<IpAddr>,
+    },
     /// The fail-closed floor: `unreachable` at the worst metric.
     Unreachable,
     /// Falls through to the other tables: bypass while a peer is down.
@@ -115,7 +118,9 @@ pub enum Action {
     CreateLink(Link),
     /// Changes MTU or adds and removes addresses of the link that is there.
     UpdateLink(Link),
-    DeleteLink { name: String },
+    DeleteLink {
+        name: String,
+    },
     /// Adds a peer or changes what differs.
     SetPeer(WgPublicKey, PeerSpec),
     RemovePeer(WgPublicKey),
@@ -123,8 +128,12 @@ pub enum Action {
     RemoveRoute(Route),
     AddRule(Family),
     RemoveRule(Family),
-    LoosenRpFilter { link: String },
-    RestoreRpFilter { link: String },
+    LoosenRpFilter {
+        link: String,
+    },
+    RestoreRpFilter {
+        link: String,
+    },
 }
 
 /// Where the packets of a peer go.

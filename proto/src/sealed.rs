@@ -34,7 +34,9 @@ pub enum OpenError {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the record needs {0} bytes, the largest frame holds 4094: announce fewer prefixes or candidates")]
+#[error(
+    "the record needs {0} bytes, the largest frame holds 4094: announce fewer prefixes or candidates"
+)]
 pub struct SealError(pub usize);
 
 /// Seals a record (`None` = a tombstone). `nonce` is 24 fresh random bytes.

@@ -31,11 +31,16 @@ pub enum ClientEvent {
     /// Close the carrier that is open.
     HangUp,
     /// The server accepted the proof.
-    Welcomed { observed: SocketAddr, stun_ports: Vec<u16> },
+    Welcomed {
+        observed: SocketAddr,
+        stun_ports: Vec<u16>,
+    },
     /// A frame of some member, not verified yet.
     Frame(Bytes),
     /// The snapshot is whole: `listed` are all nodes this server lists.
-    Synced { listed: std::collections::BTreeSet<NodeId> },
+    Synced {
+        listed: std::collections::BTreeSet<NodeId>,
+    },
     /// The server lists this node no longer: a hint.
     Gone(NodeId),
     /// Our own frame of this sequence number is stored.
@@ -49,7 +54,9 @@ pub enum ClientEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClientState {
     /// Waiting for the next attempt.
-    Waiting { until: Instant },
+    Waiting {
+        until: Instant,
+    },
     Dialing,
     /// The carrier is up, the proof is not answered yet.
     Proving,

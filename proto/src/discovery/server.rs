@@ -38,8 +38,15 @@ pub enum ServerEvent {
     Wake(ConnId),
     /// Send what is queued, then close the carrier.
     Close(ConnId),
-    Joined { conn: ConnId, namespace: Namespace, node: NodeId },
-    Left { namespace: Namespace, node: NodeId },
+    Joined {
+        conn: ConnId,
+        namespace: Namespace,
+        node: NodeId,
+    },
+    Left {
+        namespace: Namespace,
+        node: NodeId,
+    },
     NamespaceOpened(Namespace),
     NamespaceFreed(Namespace),
 }
@@ -68,7 +75,13 @@ impl Server {
     }
 
     /// A carrier is up. `exporter` is its TLS exporter value. Refused at once (event `Close`) when the server is full.
-    pub fn handle_connected(&mut self, conn: ConnId, remote: SocketAddr, exporter: [u8; 32], now: Instant) {
+    pub fn handle_connected(
+        &mut self,
+        conn: ConnId,
+        remote: SocketAddr,
+        exporter: [u8; 32],
+        now: Instant,
+    ) {
         todo!()
     }
 

@@ -49,7 +49,14 @@ impl Frame {
     }
 
     /// The bytes before the ciphertext.
-    pub(crate) fn header(kind: Kind, namespace: &Namespace, node: &NodeId, seq: u64, nonce: &[u8; 24], ciphertext_len: u16) -> Vec<u8> {
+    pub(crate) fn header(
+        kind: Kind,
+        namespace: &Namespace,
+        node: &NodeId,
+        seq: u64,
+        nonce: &[u8; 24],
+        ciphertext_len: u16,
+    ) -> Vec<u8> {
         todo!()
     }
 

@@ -19,7 +19,7 @@ pub struct Record {
     pub overlay_v6: Ipv6Addr,
     /// Absent until the node has seen its peers' and chosen a free one.
     pub overlay_v4: Option<OverlayV4>,
-    pub prefixes: Vec<IpNet>,
+    pub prefixes: Vec<PrefixClaim>,
     pub excluded_prefixes: Vec<IpNet>,
     pub candidates: Vec<Candidate>,
     pub nat_v4: NatClass,
@@ -43,6 +43,14 @@ pub struct Record {
 pub struct OverlayV4 {
     pub addr: Ipv4Addr,
     pub claimed_at_ms: u64,
+}
+
+/// A prefix behind the node, and since when it announces it: the smallest (since, node id) owns a prefix everywhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefixClaim {
+    pub prefix: IpNet,
+    /// Unix milliseconds by the node's clock.
+    pub since_ms: u64,
 }
 
 /// An address at which the node may be reached from outside.

@@ -37,7 +37,9 @@ pub enum ServerMessage {
     Challenge([u8; 32]),
     Welcome(Welcome),
     /// The server has stored this sequence number of the node's own frame.
-    Stored { seq: u64 },
+    Stored {
+        seq: u64,
+    },
     /// Everything before is void: a whole snapshot follows, ended by `Synced`.
     Restart,
     /// A member's newest frame, within a snapshot or as a delta.
@@ -48,7 +50,9 @@ pub enum ServerMessage {
     Synced(Cursor),
     Pong(u64),
     /// The server stops soon: come back after this long, jittered by the agent.
-    Drain { retry_after: Duration },
+    Drain {
+        retry_after: Duration,
+    },
     Error(SessionError),
 }
 
@@ -136,7 +140,13 @@ pub enum ErrorCode {
 
 impl Hello {
     /// Signs a Hello with both keys.
-    pub fn sign(keys: &ClusterKeys, identity: &SignKey, instance: [u8; 16], server_name: &str, binding: Binding) -> Self {
+    pub fn sign(
+        keys: &ClusterKeys,
+        identity: &SignKey,
+        instance: [u8; 16],
+        server_name: &str,
+        binding: Binding,
+    ) -> Self {
         todo!()
     }
 
