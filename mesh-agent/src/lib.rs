@@ -1,1 +1,11 @@
+//! The shell around the mesh core: a node's files, its command line, its local API, the host and the data plane.
 //!
+//! A library so that `bench` and the tests of other crates can drive its parts; the binary only calls it.
+
+pub mod clock;
+pub mod device;
+pub mod durable;
+pub mod io;
+pub mod secrets;
+pub mod settings;
+pub mod state;

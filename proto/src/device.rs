@@ -80,10 +80,7 @@ pub struct Route {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RouteKind {
     /// `dev mesh0`, metric [`Self::DEV_METRIC`], the source address hint of the route's family, MTU unless the link's.
-    Dev {
-        mtu: Option<u16>,
-        source: Option<IpAddr>,
-    },
+    Dev { mtu: Option<u16>, source: Option<IpAddr> },
     /// The fail-closed floor: `unreachable` at the worst metric.
     Unreachable,
     /// Falls through to the other tables: bypass while a peer is down.

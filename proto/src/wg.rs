@@ -20,13 +20,7 @@ pub trait Tunnel: Send {
     fn seal<'a>(&mut self, packet: &[u8], dst: &'a mut [u8], now: Instant) -> Sealed<'a>;
 
     /// Opens one datagram that was addressed to this tunnel.
-    fn open<'a>(
-        &mut self,
-        datagram: &[u8],
-        source: IpAddr,
-        dst: &'a mut [u8],
-        now: Instant,
-    ) -> Opened<'a>;
+    fn open<'a>(&mut self, datagram: &[u8], source: IpAddr, dst: &'a mut [u8], now: Instant) -> Opened<'a>;
 
     /// Gives the next packet that was queued while there was no session; call until `None` after a handshake.
     fn flush<'a>(&mut self, dst: &'a mut [u8], now: Instant) -> Option<&'a [u8]>;

@@ -36,12 +36,7 @@ impl Inputs<'_> {
             let allowed_ips = peer.routed();
             self.add_routes(&mut routes, &allowed_ips, self.down.contains(&peer.key));
             let preshared_key = Some(self.keys.pair_psk(self.own, (peer.node, peer.key)));
-            let spec = PeerSpec {
-                preshared_key,
-                allowed_ips,
-                keepalive: None,
-                generation: peer.generation,
-            };
+            let spec = PeerSpec { preshared_key, allowed_ips, keepalive: None, generation: peer.generation };
             peers.insert(peer.key, spec);
         }
         for peer in &self.settings.static_peers {
@@ -55,47 +50,29 @@ impl Inputs<'_> {
             peers.insert(peer.public_key, spec);
         }
         self.spare_connected_subnets(&mut routes);
-        let addresses = [
-            Some(IpAddr::V6(self.overlay_v6)),
-            self.overlay_v4.map(IpAddr::V4),
-        ];
+        let addresses = [Some(IpAddr::V6(self.overlay_v6)), self.overlay_v4.map(IpAddr::V4)];
         let link = Link {
             name: self.settings.link_name.clone(),
             mtu: self.settings.mtu,
             listen_port: self.settings.listen_port,
             addresses: addresses.into_iter().flatten().map(IpNet::from).collect(),
         };
-        Desired {
-            link: Some(link),
-            peers,
-            routes,
-            rules: Family::ALL.into(),
-            loose_rp_filter: self.loose_rp_filter(),
-        }
+        Desired { link: Some(link), peers, routes, rules: Family::ALL.into(), loose_rp_filter: self.loose_rp_filter() }
     }
 
     fn add_routes(&self, routes: &mut BTreeSet<Route>, prefixes: &BTreeSet<IpNet>, down: bool) {
         for prefix in prefixes.iter().copied() {
             if !self.settings.allow_down_peer_bypass {
-                routes.insert(Route {
-                    prefix,
-                    kind: RouteKind::Unreachable,
-                });
+                routes.insert(Route { prefix, kind: RouteKind::Unreachable });
             } else if down {
-                routes.insert(Route {
-                    prefix,
-                    kind: RouteKind::Throw,
-                });
+                routes.insert(Route { prefix, kind: RouteKind::Throw });
             }
             if !down {
                 let source = match prefix {
                     IpNet::V4(_) => self.overlay_v4.map(IpAddr::V4),
                     IpNet::V6(_) => Some(IpAddr::V6(self.overlay_v6)),
                 };
-                routes.insert(Route {
-                    prefix,
-                    kind: RouteKind::Dev { mtu: None, source },
-                });
+                routes.insert(Route { prefix, kind: RouteKind::Dev { mtu: None, source } });
             }
         }
     }
@@ -103,35 +80,17 @@ impl Inputs<'_> {
     /// A peer's wide prefix must not take the host's own LAN away from it.
     fn spare_connected_subnets(&self, routes: &mut BTreeSet<Route>) {
         let prefixes: BTreeSet<IpNet> = routes.iter().map(|route| route.prefix).collect();
-        let connected = self
-            .underlay
-            .iter()
-            .flat_map(|link| &link.addresses)
-            .map(IpNet::trunc);
-        let inside = |subnet: &IpNet| {
-            prefixes
-                .iter()
-                .any(|prefix| prefix != subnet && prefix.contains(subnet))
-        };
-        let spared: Vec<_> = connected
-            .filter(|subnet| !prefixes.contains(subnet) && inside(subnet))
-            .collect();
-        routes.extend(spared.into_iter().map(|prefix| Route {
-            prefix,
-            kind: RouteKind::Throw,
-        }));
+        let connected = self.underlay.iter().flat_map(|link| &link.addresses).map(IpNet::trunc);
+        let inside = |subnet: &IpNet| prefixes.iter().any(|prefix| prefix != subnet && prefix.contains(subnet));
+        let spared: Vec<_> = connected.filter(|subnet| !prefixes.contains(subnet) && inside(subnet)).collect();
+        routes.extend(spared.into_iter().map(|prefix| Route { prefix, kind: RouteKind::Throw }));
     }
 
     /// Answers of a peer whose endpoint lies inside a mesh prefix come in by the underlay, while the route back is the mesh.
     fn loose_rp_filter(&self) -> BTreeSet<String> {
-        let endpoints = self
-            .peers
-            .iter()
-            .flat_map(|peer| &peer.candidates)
-            .map(|at| at.ip());
+        let endpoints = self.peers.iter().flat_map(|peer| &peer.candidates).map(|at| at.ip());
         let routed: Vec<IpNet> = self.peers.iter().flat_map(Peer::routed).collect();
-        let is_captured =
-            |addr: &IpAddr| addr.is_ipv4() && routed.iter().any(|prefix| prefix.contains(addr));
+        let is_captured = |addr: &IpAddr| addr.is_ipv4() && routed.iter().any(|prefix| prefix.contains(addr));
         if !endpoints.into_iter().any(|addr| is_captured(&addr)) {
             return BTreeSet::new();
         }
