@@ -186,7 +186,9 @@ impl Tunnel for BoringTunnel {
         if written > 0 {
             return Sealed::Handshake(&dst[..written]);
         }
-        if initiation_lost && let TunnResult::WriteToNetwork(datagram) = self.tunn.format_handshake_initiation(dst, true) {
+        if initiation_lost
+            && let TunnResult::WriteToNetwork(datagram) = self.tunn.format_handshake_initiation(dst, true)
+        {
             return Sealed::Handshake(datagram);
         }
         Sealed::Queued
