@@ -116,6 +116,7 @@ pub fn enter_program(env: &[(&str, PathBuf)]) -> Result<(), Unavailable> {
     if !matches!(why, Unavailable::Namespaces(_)) || is_rootless() {
         return Err(why);
     }
+    crate::lab::sweep_if_idle();
     let maps = IdMaps::of_this_user();
     maps.enter().map_err(|_| why.clone())?;
     let Ok(program) = std::env::current_exe() else {
@@ -159,6 +160,7 @@ pub fn is_rootless() -> bool {
 
 /// `Ok(passed)`, or an error when no copy could be run in a user namespace.
 fn run_test_copy(name: &str, env: &[(&str, PathBuf)]) -> Result<bool> {
+    crate::lab::sweep_if_idle();
     let scratch = tempfile::tempdir()?;
     let proof = scratch.path().join("entered");
     let maps = IdMaps::of_this_user();

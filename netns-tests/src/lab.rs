@@ -52,6 +52,7 @@ impl Lab {
         fs::create_dir(&dir)
             .with_context(|| format!("cannot make the lab directory {}", dir.display()))?;
         fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
+        sweep::sign(&dir)?;
         let nursery = Arc::new(Nursery::start(dir.clone())?);
         let lab = Self {
             dir,
@@ -133,6 +134,17 @@ const NEW_HOST_SYSCTLS: &[(&str, &str)] = &[
     ("ipv6/conf/all/accept_ra", "0"),
     ("ipv6/conf/default/accept_ra", "0"),
 ];
+
+/// Sweeps dead labs now, unless a lab is alive. For a process that is about to enter a user namespace, where it could no
+/// longer recognise them.
+pub(crate) fn sweep_if_idle() {
+    if let Some(_lock) = open_lock()
+        .ok()
+        .and_then(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).ok())
+    {
+        sweep::sweep_dead_labs(Path::new(BASE));
+    }
+}
 
 fn take_lock() -> Result<Flock<File>> {
     let file = open_lock()

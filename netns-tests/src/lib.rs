@@ -3,7 +3,7 @@
 //!
 //! Reads from the ground up: [`isolation`] decides whether this process may make namespaces at all, [`lab`] owns what a
 //! run creates and removes it, [`host`] is one namespace, [`link`] wires hosts together, [`process`] runs programs in
-//! them, [`traffic`], [`capture`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes on sites,
+//! them, [`traffic`], [`capture`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes on sites, [`checks`] says what they must do,
 //! and [`demo`] is the newcomer's tour.
 //!
 //! Refuses to know the inside of the programs under test: it drives them through their command lines, their config
@@ -11,6 +11,8 @@
 
 pub mod binaries;
 pub mod capture;
+pub mod checks;
+pub mod demo;
 pub mod host;
 pub mod isolation;
 pub mod lab;

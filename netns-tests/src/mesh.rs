@@ -136,6 +136,7 @@ impl Mesh {
             (node.pods, node.config.pod_cidrs) =
                 pods(&mut lab, &node, number, options.pods_per_node)?;
             (options.tweak)(index, &mut node.config);
+            node.write_config()?;
             nodes.push(node);
         }
         for prefix in INSIDE_ONLY {

@@ -12,6 +12,7 @@ use nix::{
 };
 
 use crate::{
+    isolation::is_rootless,
     lab::{DIR_PREFIX, ENV},
     wait,
 };
@@ -19,11 +20,38 @@ use crate::{
 /// Longest wait for killed processes to go.
 const KILL_WITHIN: Duration = Duration::from_secs(5);
 
+/// A file in each lab directory that names the owner's user namespace.
+const USER_NAMESPACE: &str = "user-namespace";
+
 /// Removes every lab under `base`. Only for the holder of the lab lock, which proves that their owners ended.
+///
+/// From inside a user namespace the processes of a lab in another one cannot be recognised; such a lab is left to the
+/// user's own first process, which can look into all of them.
 pub fn sweep_dead_labs(base: &Path) {
     for dir in labs_under(base) {
-        remove_lab(&dir);
+        if !is_rootless()
+            || fs::read_to_string(dir.join(USER_NAMESPACE)).ok() == own_user_namespace()
+        {
+            remove_lab(&dir);
+        }
     }
+}
+
+/// Says in a new lab directory who can sweep it.
+pub(crate) fn sign(dir: &Path) -> std::io::Result<()> {
+    fs::write(
+        dir.join(USER_NAMESPACE),
+        own_user_namespace().unwrap_or_default(),
+    )
+}
+
+fn own_user_namespace() -> Option<String> {
+    Some(
+        fs::read_link("/proc/self/ns/user")
+            .ok()?
+            .to_string_lossy()
+            .into_owned(),
+    )
 }
 
 /// Kills the processes of one lab and removes its directory. What another user owns stays; nothing fails.
