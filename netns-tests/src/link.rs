@@ -222,10 +222,11 @@ impl Host {
                 .priority(priority)
                 .table_id(table)
                 .action(netlink_packet_route::rule::RuleAction::ToTable);
-            Ok(match family {
+            match family {
                 IpVersion::V4 => rule.v4().execute().await?,
                 IpVersion::V6 => rule.v6().execute().await?,
-            })
+            }
+            Ok(())
         })
         .with_context(|| format!("cannot add a rule at {priority}"))
     }

@@ -187,11 +187,12 @@ impl Mesh {
         let start = std::time::Instant::now();
         for node in &mut self.nodes {
             let name = node.name().to_owned();
-            wait::until_true(
+            let formed = wait::until_or_dead(
                 &format!("{name} to list {others} peers"),
                 FORM_WITHIN.saturating_sub(start.elapsed()),
-                || {
-                    node.check_running()?;
+                node,
+                Node::check_running,
+                |node| {
                     let status = node.status()?;
                     let complete = status
                         .peers
@@ -213,10 +214,10 @@ impl Mesh {
                             .overlay_v6
                             .context("it has no overlay IPv6 address yet")?,
                     ));
-                    Ok(true)
+                    Ok(Some(()))
                 },
-            )
-            .with_context(|| node.log_in_words())?;
+            );
+            node.explain(formed)?;
         }
         Ok(start.elapsed())
     }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -18,6 +18,8 @@ use crate::{host::Host, wait};
 
 /// Longest a command that answers and ends may take.
 const COMMAND_WITHIN: Duration = Duration::from_secs(20);
+/// Lines of a log that an error shows.
+const LOG_LINES: usize = 15;
 
 /// A running program. Dropping it kills it.
 #[derive(Debug)]
@@ -104,21 +106,28 @@ impl Process {
         Ok(fs::read_to_string(&self.stdout)?)
     }
 
-    /// The last lines of the program's log, for a person who asks why.
-    pub fn log_tail(&self, lines: usize) -> String {
-        let text = fs::read_to_string(&self.stderr).unwrap_or_default();
-        let all: Vec<&str> = text.lines().collect();
-        all[all.len().saturating_sub(lines)..].join("\n")
+    /// Adds the end of the program's log to an error, for a person who asks why.
+    pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| {
+            let text = fs::read_to_string(&self.stderr).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            let tail = lines[lines.len().saturating_sub(LOG_LINES)..].join(
+                "
+",
+            );
+            anyhow!(
+                "{error:#}
+the log of {} ends:
+{tail}",
+                self.what
+            )
+        })
     }
 
-    /// An error that says so, with the log, when the program is not running.
+    /// An error that says so when the program is not running.
     pub fn check_running(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {
-            bail!(
-                "{} ended with {status}; its log ends:\n{}",
-                self.what,
-                self.log_tail(15)
-            );
+            bail!("{} ended with {status}", self.what);
         }
         Ok(())
     }

@@ -32,6 +32,21 @@ pub fn until<T>(
     }
 }
 
+/// The same for something that `subject` must stay alive for: when `alive` fails, its error ends the wait at once.
+pub fn until_or_dead<S, T>(
+    what: &str,
+    within: Duration,
+    subject: &mut S,
+    mut alive: impl FnMut(&mut S) -> Result<()>,
+    mut probe: impl FnMut(&mut S) -> Result<Option<T>>,
+) -> Result<(T, Duration)> {
+    let (verdict, took) = until(what, within, || match alive(subject) {
+        Ok(()) => Ok(probe(subject)?.map(Ok)),
+        Err(dead) => Ok(Some(Err(dead))),
+    })?;
+    Ok((verdict?, took))
+}
+
 /// The same for a plain condition; returns how long it took to come true.
 pub fn until_true(
     what: &str,
@@ -55,6 +70,22 @@ mod tests {
         })
         .unwrap();
         assert_eq!((value, looks), ("seen", 3));
+    }
+
+    #[test]
+    fn a_dead_subject_ends_the_wait() {
+        let start = Instant::now();
+        let hour = Duration::from_secs(3600);
+        let error = until_or_dead(
+            "a sign of life",
+            hour,
+            &mut (),
+            |()| bail!("it is dead"),
+            |()| Ok(None::<()>),
+        )
+        .unwrap_err();
+        assert_eq!(error.to_string(), "it is dead");
+        assert!(start.elapsed() < hour);
     }
 
     #[test]

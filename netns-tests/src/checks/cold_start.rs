@@ -47,15 +47,14 @@ pub fn make_identity(mesh: &mut Mesh, node: usize) -> Result<FreshState> {
     mesh.server.stop()?;
     let node = mesh.nodes.get_mut(node).context("no such node")?;
     node.start()?;
-    wait::until_true(
+    let made = wait::until_or_dead(
         "an agent without a server to have its identity",
         IDENTITY_WITHIN,
-        || {
-            node.check_running()?;
-            Ok(!node.status()?.node.id.is_empty())
-        },
-    )
-    .with_context(|| node.log_in_words())?;
+        node,
+        Node::check_running,
+        |node| Ok((!node.status()?.node.id.is_empty()).then_some(())),
+    );
+    node.explain(made)?;
     node.stop()?;
     node.cleanup()?;
     copy_dir(&node.state_dir(), &copy)?;
@@ -72,19 +71,20 @@ pub fn cold_starts(mesh: &mut Mesh, fresh: &FreshState, runs: usize) -> Result<C
         .collect::<Result<_>>()?;
     node.host
         .add_route(MAIN_TABLE, OVERLAY.parse()?, &To::Unreachable)?;
-    let mut times = Vec::new();
-    for run in 1..=runs {
-        times.push(
-            one_start(node, &peers, fresh, marker.bytes())
-                .with_context(|| format!("cold start {run} of {runs}; {}", node.log_in_words()))?,
-        );
-    }
+    let times: Result<Vec<_>> = (1..=runs)
+        .map(|run| {
+            let took = one_start(node, &peers, fresh, marker.bytes());
+            node.explain(took)
+                .with_context(|| format!("cold start {run} of {runs}"))
+        })
+        .collect();
     let planted = node.host.routes(MAIN_TABLE)?.into_iter().find(|route| {
         route.header.kind == netlink_packet_route::route::RouteType::Unreachable
             && route.header.destination_prefix_length == 8
     });
     node.host
         .delete_route(planted.context("the planted route is gone")?)?;
+    let times = times?;
     // The rest of the run wants a node that its peers reach too.
     let node = &*node;
     let address = node.overlay_v6()?;

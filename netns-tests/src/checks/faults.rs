@@ -125,7 +125,7 @@ pub fn agent_restart_without_server(mesh: &mut Mesh) -> Result<String> {
         .iter()
         .map(|address| (&node.host, *address))
         .collect();
-    replies(&pings, marker.bytes(), REJOIN_WITHIN).with_context(|| node.log_in_words())?;
+    node.explain(replies(&pings, marker.bytes(), REJOIN_WITHIN))?;
     let took = start.elapsed();
     ensure!(
         took <= REJOIN_WITHIN,

@@ -28,13 +28,13 @@ pub fn boolean_off(mesh: &mut Mesh) -> Result<String> {
     let name = node.name().to_owned();
     let baseline = mesh.baseline(&name)?.clone();
     let node = mesh.nodes.last_mut().context("no node")?;
-    wait_no_difference(
+    let gone = wait_no_difference(
         &format!("{name} to own nothing"),
         &baseline,
         || node.snapshot(),
         |difference| !Kind::OF_A_LIVING_PROCESS.contains(&difference.kind),
-    )
-    .with_context(|| node.log_in_words())?;
+    );
+    node.explain(gone)?;
     let took = start.elapsed();
     node.check_running()?;
     Ok(format!(

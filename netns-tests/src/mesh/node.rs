@@ -260,15 +260,13 @@ impl Node {
         Snapshot::take(&self.host, &roots)
     }
 
-    /// The end of the agent's log.
-    pub fn log_in_words(&self) -> String {
+    /// Adds the end of the agent's log to an error.
+    pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
         match &self.process {
-            Some(process) => format!(
-                "the log of {}'s agent ends:\n{}",
-                self.name(),
-                process.log_tail(15)
-            ),
-            None => format!("the agent of {} does not run", self.name()),
+            Some(process) => process
+                .explain(result)
+                .with_context(|| format!("on {}", self.name())),
+            None => result,
         }
     }
 }

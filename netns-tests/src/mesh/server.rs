@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::{Host, binaries::Binaries, mesh::config::ServerAddress, process::Process, wait};
 
@@ -71,11 +71,12 @@ impl Server {
             command,
             &self.dir.join(format!("log-{}", self.starts)),
         )?;
-        let (address, _) = wait::until(
+        let said = wait::until_or_dead(
             "the discovery server to print its endpoint and pin",
             START_WITHIN,
-            || {
-                process.check_running()?;
+            &mut process,
+            Process::check_running,
+            |process| {
                 let said = process.stdout()?;
                 let value = |key: &str| {
                     said.lines()
@@ -86,8 +87,8 @@ impl Server {
                     .zip(value("pin="))
                     .map(|(endpoint, pin)| ServerAddress { endpoint, pin }))
             },
-        )
-        .with_context(|| format!("its log ends:\n{}", process.log_tail(15)))?;
+        );
+        let (address, _) = process.explain(said)?;
         self.process = Some(process);
         Ok(address)
     }
