@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
@@ -63,17 +63,17 @@ impl Report {
         check
     }
 
-    /// When nothing could be checked, nothing passed.
+    /// When nothing could be checked, nothing passed; the first check says why.
     pub fn all_failed(&mut self, why: &str) {
-        self.checks = CHECKS
-            .iter()
-            .map(|name| Check {
-                name,
-                ok: false,
-                ms: 0,
-                detail: why.to_owned(),
-            })
-            .collect();
+        self.checks.clear();
+        for name in CHECKS {
+            let detail = if self.checks.is_empty() {
+                why
+            } else {
+                "not checked"
+            };
+            self.add(name, Duration::ZERO, Err(anyhow!("{detail}")));
+        }
     }
 
     /// One line of JSON.

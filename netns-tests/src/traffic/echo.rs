@@ -60,7 +60,7 @@ pub fn first_reply_here(
 #[derive(Debug)]
 pub struct EchoStream {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<Result<EchoTotals>>,
+    thread: Option<JoinHandle<Result<EchoTotals>>>,
 }
 
 /// What an [`EchoStream`] did. Each request is answered, unanswered, or refused by the local kernel.
@@ -92,14 +92,31 @@ impl EchoStream {
                 Ok(totals)
             }
         })?;
-        Ok(Self { stop, thread })
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
     }
 
-    pub fn stop(self) -> Result<EchoTotals> {
+    pub fn stop(mut self) -> Result<EchoTotals> {
+        self.join().context("the stream was stopped before")?
+    }
+
+    fn join(&mut self) -> Option<Result<EchoTotals>> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread
-            .join()
-            .map_err(|_| anyhow!("the echo thread panicked"))?
+        let thread = self.thread.take()?;
+        Some(
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(anyhow!("the echo thread panicked"))),
+        )
+    }
+}
+
+/// A check that fails early must not leave its traffic running.
+impl Drop for EchoStream {
+    fn drop(&mut self) {
+        let _ = self.join();
     }
 }
 

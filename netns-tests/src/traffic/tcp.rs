@@ -14,6 +14,7 @@ use crate::host::Host;
 const BLOCK: usize = 64 * 1024;
 /// The marker stands once in each so many bytes: several times a segment's worth, so that cutting cannot hide them all.
 const MARKER_EVERY: usize = 1024;
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// A connection that stands still for this long failed.
 const STALL: Duration = Duration::from_secs(20);
 
@@ -66,7 +67,7 @@ pub fn transfer(
 }
 
 fn send(target: SocketAddr, bytes: u64, seed: u64, marker: &[u8]) -> Result<[u8; 32]> {
-    let mut stream = TcpStream::connect_timeout(&target, STALL)
+    let mut stream = TcpStream::connect_timeout(&target, CONNECT_WITHIN)
         .with_context(|| format!("cannot connect to {target}"))?;
     stream.set_write_timeout(Some(STALL))?;
     stream.set_read_timeout(Some(STALL))?;
