@@ -73,9 +73,8 @@ mod tests {
     }
 
     fn prefix() -> impl Strategy<Value = IpNet> {
-        (addr(), 0u8..=128).prop_map(|(addr, len)| {
-            IpNet::new(addr, if addr.is_ipv4() { len % 33 } else { len }).unwrap().trunc()
-        })
+        (addr(), 0u8..=128)
+            .prop_map(|(addr, len)| IpNet::new(addr, if addr.is_ipv4() { len % 33 } else { len }).unwrap().trunc())
     }
 
     proptest! {

@@ -25,10 +25,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 pub use edit::{EditError, set_cluster, set_enabled};
 pub use error::{ConfigError, ConfigErrors, Place};
-pub use values::{
-    ClusterId, EndpointFilter, ExpectedValue, FilterEntry, HostPort, InterfaceName, Pin,
-    ServerEndpoint,
-};
+pub use values::{ClusterId, EndpointFilter, ExpectedValue, FilterEntry, HostPort, InterfaceName, Pin, ServerEndpoint};
 
 use crate::addr::OVERLAY_V4_POOL;
 use crate::host_name::HostName;
@@ -61,11 +58,7 @@ impl Config {
 
     /// The prefixes this node announces beside its own addresses.
     pub fn announced_prefixes(&self) -> BTreeSet<IpNet> {
-        let pods = self
-            .mesh
-            .pod_cidrs
-            .iter()
-            .filter(|_| self.mesh.advertise_kubernetes_networks);
+        let pods = self.mesh.pod_cidrs.iter().filter(|_| self.mesh.advertise_kubernetes_networks);
         pods.chain(&self.mesh.extra_prefixes).copied().collect()
     }
 }
@@ -148,10 +141,7 @@ pub struct StaticPeer {
     #[serde(serialize_with = "as_text")]
     pub public_key: WgPublicKey,
     /// Where its packets go first; without it the device has to speak first.
-    #[serde(
-        skip_serializing_if = "Option::is_none",
-        serialize_with = "option_as_text"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "option_as_text")]
     pub endpoint: Option<HostPort>,
     /// Never empty.
     #[serde(rename = "allowedIPs")]
@@ -160,10 +150,7 @@ pub struct StaticPeer {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preshared_key_file: Option<PathBuf>,
     /// Default none.
-    #[serde(
-        skip_serializing_if = "Option::is_none",
-        serialize_with = "seconds_as_text"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "seconds_as_text")]
     pub keepalive: Option<Duration>,
 }
 
@@ -235,33 +222,19 @@ fn as_text<T: ToString, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok
     serializer.serialize_str(&value.to_string())
 }
 
-fn option_as_text<T: ToString, S: Serializer>(
-    value: &Option<T>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    value
-        .as_ref()
-        .map(ToString::to_string)
-        .serialize(serializer)
+fn option_as_text<T: ToString, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.as_ref().map(ToString::to_string).serialize(serializer)
 }
 
-fn seconds_as_text<S: Serializer>(
-    value: &Option<Duration>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    value
-        .map(|value| format!("{}s", value.as_secs()))
-        .serialize(serializer)
+fn seconds_as_text<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.map(|value| format!("{}s", value.as_secs())).serialize(serializer)
 }
 
 fn ids_as_text<S: Serializer>(ids: &BTreeSet<NodeId>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(ids.iter().map(ToString::to_string))
 }
 
-fn filter_as_text<S: Serializer>(
-    filter: &EndpointFilter,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
+fn filter_as_text<S: Serializer>(filter: &EndpointFilter, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(filter.0.iter().map(ToString::to_string))
 }
 

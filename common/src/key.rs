@@ -219,7 +219,9 @@ pub struct WgProof {
 
 impl WgProof {
     pub fn holds(&self, node: &NodeId, key: &WgPublicKey) -> bool {
-        let Ok(ed25519) = VerifyingKey::from_bytes(&self.ed25519) else { return false };
+        let Ok(ed25519) = VerifyingKey::from_bytes(&self.ed25519) else {
+            return false;
+        };
         ed25519.to_montgomery().to_bytes() == key.0 && verify(&self.ed25519, LABEL_WG_PROOF, &node.0, &self.signature)
     }
 }
@@ -290,8 +292,7 @@ mod tests {
 
     #[test]
     fn pair_psk_is_symmetric_and_differs_by_pair_and_cluster() {
-        let (a, b, c) =
-            [1, 2, 3].map(|n| (NodeId([n; 32]), WgPublicKey([n; 32]))).into();
+        let (a, b, c) = [1, 2, 3].map(|n| (NodeId([n; 32]), WgPublicKey([n; 32]))).into();
         let keys = secret(9).derive();
         assert_eq!(keys.pair_psk(a, b), keys.pair_psk(b, a));
         assert_ne!(keys.pair_psk(a, b), keys.pair_psk(a, c));

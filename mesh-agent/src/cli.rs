@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use mesh_common::config::{ClusterId, DEFAULT_CONFIG_FILE, LogFormat, Pin, ServerEndpoint};
 
-use crate::settings::{RunOptions, Settings};
+use crate::options::{RunOptions, RunSettings};
 use crate::status::Show;
 
 mod cluster;
@@ -213,7 +213,7 @@ impl Global {
     }
 
     /// The settings for talking to a running agent, also when the configuration cannot be read.
-    fn settings(&self) -> Settings {
+    fn settings(&self) -> RunSettings {
         let config = config_file::read(&self.config).ok().flatten().map(|read| read.config);
         self.options().settings(&config.unwrap_or_default())
     }
@@ -250,4 +250,3 @@ fn block_on<T>(conversation: impl Future<Output = T>) -> io::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(conversation))
 }
-

@@ -1,6 +1,6 @@
 //! Builds the agent from its configuration and runs it.
 
-use crate::settings::RunOptions;
+use crate::options::RunOptions;
 
 /// Runs the agent until it is told to stop.
 pub fn run(options: RunOptions) -> anyhow::Result<()> {

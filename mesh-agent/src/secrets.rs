@@ -16,29 +16,17 @@ pub enum SecretFileError {
     #[error("the {what} file {} is not there: run `mesh-agent join`, or restore the file", file.display())]
     Missing { what: &'static str, file: PathBuf },
     #[error("the {what} file {} cannot be read: run as root, or as the owner of the file", file.display())]
-    Unreadable {
-        what: &'static str,
-        file: PathBuf,
-        source: io::Error,
-    },
+    Unreadable { what: &'static str, file: PathBuf, source: io::Error },
     #[error(
         "the {what} file {0} can be read by everyone (mode {mode:o}): chmod 600 {0}, and change the secret if others use this machine",
         file.display()
     )]
-    Exposed {
-        what: &'static str,
-        file: PathBuf,
-        mode: u32,
-    },
+    Exposed { what: &'static str, file: PathBuf, mode: u32 },
     #[error(
         "the {what} in {} is wrong: {reason}. Copy the file again from a node of the cluster, or run `mesh-agent join --replace`",
         file.display()
     )]
-    Wrong {
-        what: &'static str,
-        file: PathBuf,
-        reason: ParseSecretError,
-    },
+    Wrong { what: &'static str, file: PathBuf, reason: ParseSecretError },
 }
 
 /// The cluster secret, from wherever the configuration says it is.
@@ -57,30 +45,15 @@ pub fn preshared_key(file: &Path) -> Result<PresharedKey, SecretFileError> {
 fn read_key(what: &'static str, file: &Path) -> Result<ClusterSecret, SecretFileError> {
     let file_name = || file.to_owned();
     let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => SecretFileError::Missing {
-            what,
-            file: file_name(),
-        },
-        _ => SecretFileError::Unreadable {
-            what,
-            file: file_name(),
-            source,
-        },
+        io::ErrorKind::NotFound => SecretFileError::Missing { what, file: file_name() },
+        _ => SecretFileError::Unreadable { what, file: file_name(), source },
     };
     let mode = fs::metadata(file).map_err(failed)?.mode() & 0o7777;
     if mode & 0o007 != 0 {
-        return Err(SecretFileError::Exposed {
-            what,
-            file: file_name(),
-            mode,
-        });
+        return Err(SecretFileError::Exposed { what, file: file_name(), mode });
     }
     let bytes = Zeroizing::new(fs::read(file).map_err(failed)?);
-    let wrong = |reason| SecretFileError::Wrong {
-        what,
-        file: file_name(),
-        reason,
-    };
+    let wrong = |reason| SecretFileError::Wrong { what, file: file_name(), reason };
     let text = str::from_utf8(&bytes).map_err(|_| wrong(ParseSecretError::NotBase64))?;
     ClusterSecret::parse(text).map_err(wrong)
 }
@@ -101,9 +74,7 @@ mod tests {
         let error = || cluster_secret(&source).unwrap_err().to_string();
         assert_eq!(
             error(),
-            format!(
-                "the cluster secret file {shown} is not there: run `mesh-agent join`, or restore the file"
-            )
+            format!("the cluster secret file {shown} is not there: run `mesh-agent join`, or restore the file")
         );
 
         crate::durable::replace(&file, b"Y2FuYXJ5LWNhbmFyeQ==\n", 0o600).unwrap();

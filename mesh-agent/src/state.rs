@@ -40,11 +40,7 @@ pub enum StateError {
     #[error("another agent{} uses the state directory {}: stop it, or give --state-dir", Process(pid), dir.display())]
     InUse { dir: PathBuf, pid: Option<u32> },
     #[error("{0} belongs to user {owner}, this agent runs as user {user}: chown {user} {0}, or run as the owner", path.display())]
-    NotOurs {
-        path: PathBuf,
-        owner: u32,
-        user: u32,
-    },
+    NotOurs { path: PathBuf, owner: u32, user: u32 },
     #[error("{0} can be read by others (mode {mode:o}) and holds the keys of this node: chmod 600 {0}", file.display())]
     Exposed { file: PathBuf, mode: u32 },
     #[error(
@@ -52,26 +48,14 @@ pub enum StateError {
          or empty {} to join as a new node",
         file.display(), dir.display()
     )]
-    IdentityMissing {
-        dir: PathBuf,
-        file: PathBuf,
-        found: &'static str,
-    },
+    IdentityMissing { dir: PathBuf, file: PathBuf, found: &'static str },
     #[error(
         "{} is damaged ({what}): restore it from a backup, or empty {} to join as a new node",
         file.display(), dir.display()
     )]
-    IdentityDamaged {
-        dir: PathBuf,
-        file: PathBuf,
-        what: &'static str,
-    },
+    IdentityDamaged { dir: PathBuf, file: PathBuf, what: &'static str },
     #[error("{} cannot be {doing}: {source}", file.display())]
-    Io {
-        file: PathBuf,
-        doing: &'static str,
-        source: io::Error,
-    },
+    Io { file: PathBuf, doing: &'static str, source: io::Error },
 }
 
 /// The open state directory of a running agent.
@@ -107,16 +91,8 @@ impl State {
             Some(keys) => keys,
             None => make_identity(dir)?,
         };
-        let mut state = Self {
-            dir: dir.to_owned(),
-            identity,
-            wg,
-            numbers: Numbers::default(),
-            _lock: lock,
-        };
-        state.numbers = state
-            .load(NUMBERS, |bytes| serde_json::from_slice(bytes).ok())?
-            .unwrap_or_default();
+        let mut state = Self { dir: dir.to_owned(), identity, wg, numbers: Numbers::default(), _lock: lock };
+        state.numbers = state.load(NUMBERS, |bytes| serde_json::from_slice(bytes).ok())?.unwrap_or_default();
         Ok(state)
     }
 
@@ -142,31 +118,20 @@ impl State {
         if seq <= self.numbers.reserved_seq {
             return Ok(());
         }
-        self.store_numbers(Numbers {
-            reserved_seq: seq,
-            ..self.numbers
-        })
+        self.store_numbers(Numbers { reserved_seq: seq, ..self.numbers })
     }
 
     /// The overlay IPv4 address of this node and when it was first taken (Unix milliseconds).
     pub fn claim(&self) -> Option<(Ipv4Addr, u64)> {
-        self.numbers
-            .overlay_v4
-            .map(|claim| (claim.address, claim.claimed_at_ms))
+        self.numbers.overlay_v4.map(|claim| (claim.address, claim.claimed_at_ms))
     }
 
     pub fn set_claim(&mut self, claim: Option<(Ipv4Addr, u64)>) -> Result<(), StateError> {
-        let overlay_v4 = claim.map(|(address, claimed_at_ms)| OverlayClaim {
-            address,
-            claimed_at_ms,
-        });
+        let overlay_v4 = claim.map(|(address, claimed_at_ms)| OverlayClaim { address, claimed_at_ms });
         if overlay_v4 == self.numbers.overlay_v4 {
             return Ok(());
         }
-        self.store_numbers(Numbers {
-            overlay_v4,
-            ..self.numbers
-        })
+        self.store_numbers(Numbers { overlay_v4, ..self.numbers })
     }
 
     /// The sealed frames of the last time, byte for byte; whoever uses them verifies them as any frame.
@@ -182,51 +147,33 @@ impl State {
     pub fn load_marks(&self) -> Result<BTreeMap<NodeId, u64>, StateError> {
         let parse = |bytes: &[u8]| {
             let marks: BTreeMap<String, u64> = serde_json::from_slice(bytes).ok()?;
-            marks
-                .into_iter()
-                .map(|(node, seq)| Some((node.parse().ok()?, seq)))
-                .collect()
+            marks.into_iter().map(|(node, seq)| Some((node.parse().ok()?, seq))).collect()
         };
         Ok(self.load(MARKS, parse)?.unwrap_or_default())
     }
 
     pub fn store_marks(&self, marks: &BTreeMap<NodeId, u64>) -> Result<(), StateError> {
-        let marks: BTreeMap<String, u64> = marks
-            .iter()
-            .map(|(node, seq)| (node.to_string(), *seq))
-            .collect();
-        self.store(
-            MARKS,
-            &serde_json::to_vec(&marks).expect("a map of text and numbers always serializes"),
-        )
+        let marks: BTreeMap<String, u64> = marks.iter().map(|(node, seq)| (node.to_string(), *seq)).collect();
+        self.store(MARKS, &serde_json::to_vec(&marks).expect("a map of text and numbers always serializes"))
     }
 
     fn store_numbers(&mut self, numbers: Numbers) -> Result<(), StateError> {
-        self.store(
-            NUMBERS,
-            &serde_json::to_vec(&numbers).expect("plain numbers always serialize"),
-        )?;
+        self.store(NUMBERS, &serde_json::to_vec(&numbers).expect("plain numbers always serialize"))?;
         self.numbers = numbers;
         Ok(())
     }
 
     fn store(&self, name: &'static str, bytes: &[u8]) -> Result<(), StateError> {
         let file = self.dir.join(name);
-        durable::replace_keeping_previous(&file, bytes, FILE_MODE).map_err(|source| {
-            StateError::Io {
-                file,
-                doing: "written",
-                source,
-            }
+        durable::replace_keeping_previous(&file, bytes, FILE_MODE).map_err(|source| StateError::Io {
+            file,
+            doing: "written",
+            source,
         })
     }
 
     /// The newest generation that can be parsed; `None` when there is none.
-    fn load<T>(
-        &self,
-        name: &'static str,
-        parse: impl Fn(&[u8]) -> Option<T>,
-    ) -> Result<Option<T>, StateError> {
+    fn load<T>(&self, name: &'static str, parse: impl Fn(&[u8]) -> Option<T>) -> Result<Option<T>, StateError> {
         let current = self.dir.join(name);
         let mut damaged = false;
         for file in [current.clone(), durable::previous(&current)] {
@@ -251,10 +198,7 @@ impl State {
 }
 
 fn prepare_directory(dir: &Path) -> Result<(), StateError> {
-    let failed = |source| StateError::Directory {
-        dir: dir.to_owned(),
-        source,
-    };
+    let failed = |source| StateError::Directory { dir: dir.to_owned(), source };
     if let Some(parent) = dir.parent() {
         fs::create_dir_all(parent).map_err(failed)?;
     }
@@ -275,18 +219,8 @@ fn prepare_directory(dir: &Path) -> Result<(), StateError> {
 
 fn lock(dir: &Path) -> Result<File, StateError> {
     let file = dir.join(LOCK);
-    let failed = |source| StateError::Io {
-        file: file.clone(),
-        doing: "locked",
-        source,
-    };
-    let options = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(FILE_MODE)
-        .clone();
+    let failed = |source| StateError::Io { file: file.clone(), doing: "locked", source };
+    let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(FILE_MODE).clone();
     let mut lock = options.open(&file).map_err(failed)?;
     match lock.try_lock() {
         Ok(()) => {}
@@ -294,16 +228,11 @@ fn lock(dir: &Path) -> Result<File, StateError> {
             let mut pid = String::new();
             // The number only helps to find the process: without it the message is still right.
             let _ = lock.read_to_string(&mut pid);
-            return Err(StateError::InUse {
-                dir: dir.to_owned(),
-                pid: pid.trim().parse().ok(),
-            });
+            return Err(StateError::InUse { dir: dir.to_owned(), pid: pid.trim().parse().ok() });
         }
         Err(TryLockError::Error(source)) => return Err(failed(source)),
     }
-    lock.set_len(0)
-        .and_then(|()| writeln!(lock, "{}", std::process::id()))
-        .map_err(failed)?;
+    lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).map_err(failed)?;
     Ok(lock)
 }
 
@@ -314,52 +243,28 @@ fn load_identity(dir: &Path) -> Result<Option<(SignKey, WgSecret)>, StateError> 
         for name in [NUMBERS, MARKS, FRAMES] {
             let kept = dir.join(name);
             if kept.exists() || durable::previous(&kept).exists() {
-                return Err(StateError::IdentityMissing {
-                    dir: dir.to_owned(),
-                    file,
-                    found: name,
-                });
+                return Err(StateError::IdentityMissing { dir: dir.to_owned(), file, found: name });
             }
         }
         return Ok(None);
     };
-    let metadata = fs::metadata(&file).map_err(|source| StateError::Io {
-        file: file.clone(),
-        doing: "read",
-        source,
-    })?;
+    let metadata =
+        fs::metadata(&file).map_err(|source| StateError::Io { file: file.clone(), doing: "read", source })?;
     if metadata.mode() & 0o077 != 0 {
-        return Err(StateError::Exposed {
-            file,
-            mode: metadata.mode() & 0o7777,
-        });
+        return Err(StateError::Exposed { file, mode: metadata.mode() & 0o7777 });
     }
-    IdentityFile::parse(&bytes)
-        .map(Some)
-        .map_err(|what| StateError::IdentityDamaged {
-            dir: dir.to_owned(),
-            file,
-            what,
-        })
+    IdentityFile::parse(&bytes).map(Some).map_err(|what| StateError::IdentityDamaged {
+        dir: dir.to_owned(),
+        file,
+        what,
+    })
 }
 
 fn make_identity(dir: &Path) -> Result<(SignKey, WgSecret), StateError> {
     let file = dir.join(IDENTITY);
-    let failed = |source| StateError::Io {
-        file: file.clone(),
-        doing: "written",
-        source,
-    };
-    let (identity, wg) = (
-        SignKey::from_seed(&*seed()?),
-        WgSecret::from_seed(&*seed()?),
-    );
-    durable::replace(
-        &file,
-        &IdentityFile::of(&identity, &wg).to_bytes(),
-        FILE_MODE,
-    )
-    .map_err(failed)?;
+    let failed = |source| StateError::Io { file: file.clone(), doing: "written", source };
+    let (identity, wg) = (SignKey::from_seed(&*seed()?), WgSecret::from_seed(&*seed()?));
+    durable::replace(&file, &IdentityFile::of(&identity, &wg).to_bytes(), FILE_MODE).map_err(failed)?;
     tracing::info!(node = %identity.node_id(), file = %file.display(), "made the identity of this node");
     Ok((identity, wg))
 }
@@ -376,16 +281,8 @@ fn seed() -> Result<zeroize::Zeroizing<[u8; 32]>, StateError> {
 
 /// The content of a file, if it is there; it has to be a plain file of this user.
 fn read_ours(path: &Path) -> Result<Option<zeroize::Zeroizing<Vec<u8>>>, StateError> {
-    let failed = |source| StateError::Io {
-        file: path.to_owned(),
-        doing: "read",
-        source,
-    };
-    let file = match OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)
-    {
+    let failed = |source| StateError::Io { file: path.to_owned(), doing: "read", source };
+    let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -401,9 +298,7 @@ fn read_ours(path: &Path) -> Result<Option<zeroize::Zeroizing<Vec<u8>>>, StateEr
         return Err(failed(io::Error::other("it is not a plain file")));
     }
     let mut bytes = zeroize::Zeroizing::new(Vec::new());
-    file.take(MAX_FILE)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    file.take(MAX_FILE).read_to_end(&mut bytes).map_err(failed)?;
     Ok(Some(bytes))
 }
 
@@ -412,11 +307,7 @@ fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), StateError> {
     if metadata.uid() == user {
         return Ok(());
     }
-    Err(StateError::NotOurs {
-        path: path.to_owned(),
-        owner: metadata.uid(),
-        user,
-    })
+    Err(StateError::NotOurs { path: path.to_owned(), owner: metadata.uid(), user })
 }
 
 struct Process<'a>(&'a Option<u32>);

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 mod table;
 
-pub use table::Show;
+pub use table::{Show, peer_details, peers_table};
 
 /// The version of this schema: fields are added, never renamed or removed, within one version.
 pub const API_VERSION: &str = "meshspan/v1";

@@ -115,7 +115,9 @@ pub enum Action {
     CreateLink(Link),
     /// Changes MTU or adds and removes addresses of the link that is there.
     UpdateLink(Link),
-    DeleteLink { name: String },
+    DeleteLink {
+        name: String,
+    },
     /// Adds a peer or changes what differs.
     SetPeer(WgPublicKey, PeerSpec),
     RemovePeer(WgPublicKey),
@@ -123,8 +125,12 @@ pub enum Action {
     RemoveRoute(Route),
     AddRule(Family),
     RemoveRule(Family),
-    LoosenRpFilter { link: String },
-    RestoreRpFilter { link: String },
+    LoosenRpFilter {
+        link: String,
+    },
+    RestoreRpFilter {
+        link: String,
+    },
 }
 
 /// Where the packets of a peer go.

@@ -18,6 +18,7 @@ pub mod device;
 pub mod discovery;
 pub mod mesh;
 pub mod path;
+pub mod random;
 pub mod sealed;
 pub mod wg;
 pub mod wire;

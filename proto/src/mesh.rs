@@ -1,3 +1,8 @@
 //! From records to what should be on the host: members, peers, desired state, the difference, and the composed machine.
 
+pub mod agent;
+pub mod desired;
 pub mod members;
+pub mod peer;
+pub mod reconcile;
+pub mod settings;

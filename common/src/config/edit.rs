@@ -6,18 +6,16 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::{ClusterId, Config, DiscoveryServer, SecretSource};
 use super::error::{ConfigError, ConfigErrors};
 use super::tree::{Node, Value, parse};
+use super::{ClusterId, Config, DiscoveryServer, SecretSource};
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EditError {
     /// The text is not a valid configuration, or would not be one with the mesh enabled.
     #[error(transparent)]
     Invalid(ConfigErrors),
-    #[error(
-        "mesh.enabled cannot be changed in place here: set `enabled: {0}` below `mesh:` by hand"
-    )]
+    #[error("mesh.enabled cannot be changed in place here: set `enabled: {0}` below `mesh:` by hand")]
     ByHand(bool),
     #[error("`cluster` and `discovery` cannot be changed in place here: remove both sections by hand, then try again")]
     ClusterByHand,
@@ -36,12 +34,7 @@ pub fn set_enabled(text: &str, enabled: bool) -> Result<String, EditError> {
         .ok_or(EditError::ByHand(enabled))?;
     match Config::parse(&edited) {
         Ok(config) if config == wanted => Ok(edited),
-        Err(errors)
-            if errors
-                .0
-                .iter()
-                .all(|error| matches!(error, ConfigError::Missing { .. })) =>
-        {
+        Err(errors) if errors.0.iter().all(|error| matches!(error, ConfigError::Missing { .. })) => {
             Err(EditError::Invalid(errors))
         }
         _ => Err(EditError::ByHand(enabled)),
@@ -130,15 +123,8 @@ fn replace(text: &str, documents: &[Node], enabled: bool) -> Option<String> {
 
 /// The text with the key added: to the section `mesh` if there is one, else with that section at the end.
 fn insert(text: &str, documents: &[Node], enabled: bool) -> Option<String> {
-    let Some((key, mesh)) = documents
-        .iter()
-        .find_map(|document| entry(document, "mesh"))
-    else {
-        let newline = if text.is_empty() || text.ends_with('\n') {
-            ""
-        } else {
-            "\n"
-        };
+    let Some((key, mesh)) = documents.iter().find_map(|document| entry(document, "mesh")) else {
+        let newline = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
         return Some(format!("{text}{newline}mesh:\n  enabled: {enabled}\n"));
     };
     let (at, addition) = match &mesh.value {
@@ -148,22 +134,13 @@ fn insert(text: &str, documents: &[Node], enabled: bool) -> Option<String> {
         }
         Value::Section(entries) => {
             let first = entries.first()?.0.start;
-            let line = text
-                .get(..first)?
-                .rfind('\n')
-                .map_or(0, |newline| newline + 1);
-            (
-                line,
-                format!("{}enabled: {enabled}\n", text.get(line..first)?),
-            )
+            let line = text.get(..first)?.rfind('\n').map_or(0, |newline| newline + 1);
+            (line, format!("{}enabled: {enabled}\n", text.get(line..first)?))
         }
         Value::Null => {
             let end = key.start + key.len;
             let indent = " ".repeat(usize::try_from(key.place.column).ok()? + 1);
-            (
-                end + text.get(end..)?.find(':')? + 1,
-                format!("\n{indent}enabled: {enabled}"),
-            )
+            (end + text.get(end..)?.find(':')? + 1, format!("\n{indent}enabled: {enabled}"))
         }
         _ => return None,
     };

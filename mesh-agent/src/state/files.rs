@@ -32,8 +32,7 @@ impl IdentityFile {
     }
 
     pub(super) fn to_bytes(&self) -> Zeroizing<Vec<u8>> {
-        let mut bytes =
-            Zeroizing::new(serde_json::to_vec_pretty(self).expect("text fields always serialize"));
+        let mut bytes = Zeroizing::new(serde_json::to_vec_pretty(self).expect("text fields always serialize"));
         bytes.push(b'\n');
         bytes
     }
@@ -42,16 +41,13 @@ impl IdentityFile {
         if bytes.is_empty() {
             return Err("it is empty");
         }
-        let file: Self =
-            serde_json::from_slice(bytes).map_err(|_| "it is cut short or not JSON")?;
+        let file: Self = serde_json::from_slice(bytes).map_err(|_| "it is cut short or not JSON")?;
         if file.version != 1 {
             return Err("it was written by a newer version");
         }
         let identity = SignKey::from_seed(&*seed(&file.identity_seed)?);
         let wg = WgSecret::from_seed(&*seed(&file.wireguard_seed)?);
-        if identity.node_id().to_string() != file.node_id
-            || wg.public().to_string() != file.wireguard_public_key
-        {
+        if identity.node_id().to_string() != file.node_id || wg.public().to_string() != file.wireguard_public_key {
             return Err("its keys do not fit each other");
         }
         Ok((identity, wg))
@@ -66,21 +62,12 @@ impl Drop for IdentityFile {
 }
 
 fn seed(text: &str) -> Result<Zeroizing<[u8; 32]>, &'static str> {
-    let bytes = Zeroizing::new(
-        BASE64
-            .decode(text.as_bytes())
-            .map_err(|_| "a key in it is not base64")?,
-    );
-    bytes
-        .as_slice()
-        .try_into()
-        .map(Zeroizing::new)
-        .map_err(|_| "a key in it has not 32 bytes")
+    let bytes = Zeroizing::new(BASE64.decode(text.as_bytes()).map_err(|_| "a key in it is not base64")?);
+    bytes.as_slice().try_into().map(Zeroizing::new).map_err(|_| "a key in it has not 32 bytes")
 }
 
 pub(super) fn encode_frames(frames: &[Bytes]) -> Vec<u8> {
-    let mut bytes =
-        Vec::with_capacity(8 + frames.iter().map(|frame| 4 + frame.len()).sum::<usize>());
+    let mut bytes = Vec::with_capacity(8 + frames.iter().map(|frame| 4 + frame.len()).sum::<usize>());
     bytes.put_slice(FRAMES_MAGIC);
     bytes.put_u32_le(u32::try_from(frames.len()).expect("members are bounded"));
     for frame in frames {

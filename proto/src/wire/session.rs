@@ -7,9 +7,18 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use mesh_common::id::{Namespace, NodeId};
-use mesh_common::key::{ClusterKeys, SignKey};
+use mesh_common::key::{self, ClusterKeys, SignKey};
+use mesh_common::limits::MAX_MESSAGE;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::wire;
+use crate::wire::codec;
+use body::{WireCursor, WireError, WireHello, WireWelcome, from_millis, millis, mode_byte};
+
+mod body;
 
 /// ALPN of the QUIC carrier, and the WebSocket subprotocol.
 pub const ALPN: &str = "meshspan/1";
@@ -17,6 +26,12 @@ pub const ALPN: &str = "meshspan/1";
 pub const WEBSOCKET_PATH: &str = "/meshspan/v1";
 /// Label of the TLS exporter that binds a Hello to its connection; context empty, 32 bytes.
 pub const EXPORTER_LABEL: &[u8] = b"EXPORTER-meshspan-v1";
+/// The longest server name in a Hello: a DNS name or address with a port, and some room.
+pub const MAX_SERVER_NAME: usize = 300;
+/// STUN ports in a Welcome.
+pub const MAX_STUN_PORTS: usize = 8;
+/// The longest name of a limit in an error.
+pub const MAX_LIMIT_NAME: usize = 64;
 
 /// From agent to server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +52,9 @@ pub enum ServerMessage {
     Challenge([u8; 32]),
     Welcome(Welcome),
     /// The server has stored this sequence number of the node's own frame.
-    Stored { seq: u64 },
+    Stored {
+        seq: u64,
+    },
     /// Everything before is void: a whole snapshot follows, ended by `Synced`.
     Restart,
     /// A member's newest frame, within a snapshot or as a delta.
@@ -48,7 +65,9 @@ pub enum ServerMessage {
     Synced(Cursor),
     Pong(u64),
     /// The server stops soon: come back after this long, jittered by the agent.
-    Drain { retry_after: Duration },
+    Drain {
+        retry_after: Duration,
+    },
     Error(SessionError),
 }
 
@@ -136,13 +155,60 @@ pub enum ErrorCode {
 
 impl Hello {
     /// Signs a Hello with both keys.
-    pub fn sign(keys: &ClusterKeys, identity: &SignKey, instance: [u8; 16], server_name: &str, binding: Binding) -> Self {
-        todo!()
+    pub fn sign(
+        keys: &ClusterKeys,
+        identity: &SignKey,
+        instance: [u8; 16],
+        server_name: &str,
+        binding: Binding,
+    ) -> Self {
+        let mut hello = Self {
+            namespace: keys.namespace,
+            node: identity.node_id(),
+            instance,
+            role: ROLE_NODE,
+            server_name: server_name.to_owned(),
+            mode: binding.mode(),
+            wire_max: wire::VERSION,
+            membership_signature: [0; 64],
+            identity_signature: [0; 64],
+        };
+        let transcript = hello.transcript(binding);
+        hello.membership_signature = keys.membership.sign(LABEL_MEMBERSHIP, &transcript);
+        hello.identity_signature = identity.sign(LABEL_IDENTITY, &transcript);
+        hello
     }
 
     /// Whether both signatures hold for this binding.
     pub fn verify(&self, binding: Binding) -> bool {
-        todo!()
+        let transcript = self.transcript(binding);
+        self.mode == binding.mode()
+            && key::verify(&self.namespace.0, LABEL_MEMBERSHIP, &transcript, &self.membership_signature)
+            && key::verify(&self.node.0, LABEL_IDENTITY, &transcript, &self.identity_signature)
+    }
+
+    /// What both keys sign: every field has a fixed length or its length before it.
+    fn transcript(&self, binding: Binding) -> Vec<u8> {
+        let (Binding::Exporter(value) | Binding::Challenge(value)) = binding;
+        let mut bytes = Vec::with_capacity(128 + self.server_name.len());
+        bytes.push(mode_byte(self.mode));
+        bytes.extend_from_slice(&self.namespace.0);
+        bytes.extend_from_slice(&self.node.0);
+        bytes.extend_from_slice(&self.instance);
+        bytes.extend_from_slice(&[self.role, self.wire_max]);
+        bytes.extend_from_slice(&(self.server_name.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(self.server_name.as_bytes());
+        bytes.extend_from_slice(&value);
+        bytes
+    }
+}
+
+impl Binding {
+    pub fn mode(&self) -> BindingMode {
+        match self {
+            Self::Exporter(_) => BindingMode::Exporter,
+            Self::Challenge(_) => BindingMode::Challenge,
+        }
     }
 }
 
@@ -156,44 +222,167 @@ pub enum DecodeError {
 
 impl ClientMessage {
     pub fn encode(&self) -> Bytes {
-        todo!()
+        match self {
+            Self::Hello(hello) => message(HELLO, &WireHello::from(&**hello)),
+            Self::Put(frame) => raw_message(PUT, frame),
+            Self::Watch(cursor) => message(WATCH, &cursor.map(WireCursor::from)),
+            Self::Ping(number) => message(PING, number),
+        }
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        todo!()
+        let (kind, body) = split(bytes)?;
+        Ok(match kind {
+            HELLO => Self::Hello(Box::new(decode::<WireHello>(body)?.into_hello()?)),
+            PUT => Self::Put(Bytes::copy_from_slice(body)),
+            WATCH => Self::Watch(decode::<Option<WireCursor>>(body)?.map(Cursor::from)),
+            PING => Self::Ping(decode(body)?),
+            unknown => return Err(DecodeError::UnknownType(unknown)),
+        })
     }
 }
 
 impl ServerMessage {
     pub fn encode(&self) -> Bytes {
-        todo!()
+        match self {
+            Self::Challenge(nonce) => message(CHALLENGE, nonce),
+            Self::Welcome(welcome) => message(WELCOME, &WireWelcome::from(welcome)),
+            Self::Stored { seq } => message(STORED, seq),
+            Self::Restart => message(RESTART, &()),
+            Self::Frame(frame) => raw_message(FRAME, frame),
+            Self::Gone(node) => message(GONE, &node.0),
+            Self::Synced(cursor) => message(SYNCED, &WireCursor::from(*cursor)),
+            Self::Pong(number) => message(PONG, number),
+            Self::Drain { retry_after } => message(DRAIN, &millis(*retry_after)),
+            Self::Error(error) => message(ERROR, &WireError::from(error)),
+        }
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        todo!()
+        let (kind, body) = split(bytes)?;
+        Ok(match kind {
+            CHALLENGE => Self::Challenge(decode(body)?),
+            WELCOME => Self::Welcome(decode::<WireWelcome>(body)?.into()),
+            STORED => Self::Stored { seq: decode(body)? },
+            RESTART => {
+                decode::<()>(body)?;
+                Self::Restart
+            }
+            FRAME => Self::Frame(Bytes::copy_from_slice(body)),
+            GONE => Self::Gone(NodeId(decode(body)?)),
+            SYNCED => Self::Synced(decode::<WireCursor>(body)?.into()),
+            PONG => Self::Pong(decode(body)?),
+            DRAIN => Self::Drain { retry_after: from_millis(decode(body)?) },
+            ERROR => Self::Error(decode::<WireError>(body)?.into_error()?),
+            unknown => return Err(DecodeError::UnknownType(unknown)),
+        })
     }
 }
 
 /// Cuts a byte stream into messages: u32 length, then that many bytes, at most [`MAX_MESSAGE`](mesh_common::limits::MAX_MESSAGE).
+///
+/// After [`TooLong`] the stream has no beginning of a message any more: every later call says the same.
 #[derive(Debug, Default)]
-pub struct Deframer {}
+pub struct Deframer {
+    buffer: BytesMut,
+    broken: Option<TooLong>,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a message of {0} bytes is over the limit")]
 pub struct TooLong(pub u32);
 
 impl Deframer {
+    /// What it buffers at most. A driver that takes the messages out after each push never meets it.
+    pub const MAX_BUFFERED: usize = 256 * 1024;
+
+    /// Adds bytes of the stream. More than [`Self::MAX_BUFFERED`] of unread ones break it, so memory stays bounded.
     pub fn push(&mut self, bytes: &[u8]) {
-        todo!()
+        if self.broken.is_some() {
+            return;
+        }
+        let total = self.buffer.len().saturating_add(bytes.len());
+        if total > Self::MAX_BUFFERED {
+            self.fail(TooLong(u32::try_from(total).unwrap_or(u32::MAX)));
+            return;
+        }
+        self.buffer.extend_from_slice(bytes);
     }
 
     /// The next whole message.
     pub fn next_message(&mut self) -> Result<Option<Bytes>, TooLong> {
-        todo!()
+        if let Some(error) = self.broken {
+            return Err(error);
+        }
+        let Some(len) = self.buffer.first_chunk().copied().map(u32::from_le_bytes) else { return Ok(None) };
+        let Some(len) = usize::try_from(len).ok().filter(|len| *len <= MAX_MESSAGE) else {
+            return Err(self.fail(TooLong(len)));
+        };
+        if self.buffer.len() < LENGTH_LEN + len {
+            return Ok(None);
+        }
+        self.buffer.advance(LENGTH_LEN);
+        Ok(Some(self.buffer.split_to(len).freeze()))
+    }
+
+    fn fail(&mut self, error: TooLong) -> TooLong {
+        self.buffer = BytesMut::new();
+        *self.broken.insert(error)
     }
 }
 
 /// A message with its length before it, for a stream carrier.
 pub fn enframe(message: &[u8]) -> Bytes {
-    todo!()
+    let len = u32::try_from(message.len()).expect("a message is at most MAX_MESSAGE bytes");
+    let mut bytes = BytesMut::with_capacity(LENGTH_LEN + message.len());
+    bytes.put_u32_le(len);
+    bytes.put_slice(message);
+    bytes.freeze()
 }
+
+const LENGTH_LEN: usize = 4;
+const ROLE_NODE: u8 = 0;
+const LABEL_MEMBERSHIP: &str = "meshspan/v1 hello membership";
+const LABEL_IDENTITY: &str = "meshspan/v1 hello identity";
+
+const HELLO: u8 = 0x01;
+const PUT: u8 = 0x02;
+const WATCH: u8 = 0x03;
+const PING: u8 = 0x04;
+
+const CHALLENGE: u8 = 0x81;
+const WELCOME: u8 = 0x82;
+const STORED: u8 = 0x83;
+const RESTART: u8 = 0x84;
+const FRAME: u8 = 0x85;
+const GONE: u8 = 0x86;
+const SYNCED: u8 = 0x87;
+const PONG: u8 = 0x88;
+const DRAIN: u8 = 0x89;
+const ERROR: u8 = 0x8a;
+
+fn message(kind: u8, body: &impl Serialize) -> Bytes {
+    codec::serialize(&(kind, body), usize::MAX).expect("only a limit can fail, and there is none").into()
+}
+
+/// Frames travel as they are: they carry their own lengths.
+fn raw_message(kind: u8, body: &[u8]) -> Bytes {
+    let mut bytes = BytesMut::with_capacity(1 + body.len());
+    bytes.put_u8(kind);
+    bytes.put_slice(body);
+    bytes.freeze()
+}
+
+fn split(bytes: &[u8]) -> Result<(u8, &[u8]), DecodeError> {
+    match bytes.split_first() {
+        Some((kind, body)) if bytes.len() <= MAX_MESSAGE => Ok((*kind, body)),
+        _ => Err(DecodeError::Malformed),
+    }
+}
+
+fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, DecodeError> {
+    codec::deserialize(body, MAX_MESSAGE).map_err(|_| DecodeError::Malformed)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,692 @@
+//! The composed machine of one node: sessions with servers, members, paths, and what should be on the host.
+//!
+//! Owns all policy of an agent that is switched on; an agent that is off has none of these. It never touches the host: it
+//! gives [`AgentEvent`]s and learns what came of them. Built in two places, the shell and the simulator.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use bytes::Bytes;
+use ipnet::IpNet;
+use mesh_common::addr::{self, Claim};
+use mesh_common::id::NodeId;
+use mesh_common::key::{ClusterKeys, SignKey, WgProof, WgPublicKey};
+use mesh_common::limits::{FIRST_SNAPSHOT_WAIT, RECONCILE_INTERVAL};
+use mesh_common::time::Instant;
+
+use crate::device::{Action, Desired, Observed, PeerReport, PeerRoute};
+use crate::discovery::client::{Client, ClientConfig, ClientEvent, ClientState};
+use crate::mesh::desired::Inputs;
+use crate::mesh::members::{Admission, Members, ServerId};
+use crate::mesh::peer::{self, Peer, Surroundings};
+use crate::mesh::reconcile::reconcile;
+use crate::mesh::settings::{Settings, StaticPeer};
+use crate::path::agent::{PathAgent, PathEvent, PathState};
+use crate::random::SplitMix64;
+use crate::wire::session::SessionError;
+
+mod publish;
+mod view;
+
+pub use publish::OwnClaim;
+pub use view::{PeerView, ServerView, View};
+
+/// Records come in bursts: what follows from them is worked out once per burst.
+const SETTLE: Duration = Duration::from_millis(5);
+/// Pause after steps that failed on the host; doubles up to [`RECONCILE_INTERVAL`].
+const RETRY_FAILED_STEPS: Duration = Duration::from_secs(1);
+/// How long a farewell waits for servers to store it.
+const FAREWELL_WAIT: Duration = Duration::from_secs(2);
+/// Peers that are greeted after a restart.
+const MAX_WAKES: usize = 64;
+
+/// What one start of an agent begins with.
+#[derive(Debug)]
+pub struct Start {
+    pub keys: ClusterKeys,
+    pub identity: SignKey,
+    pub wg_public: WgPublicKey,
+    pub wg_proof: WgProof,
+    /// Random per start.
+    pub instance: [u8; 16],
+    /// 32 random bytes: nonces and jitter are drawn from them.
+    pub seed: [u8; 32],
+    /// The wall clock at the start; sequence numbers begin here, nothing else is decided by it.
+    pub unix_ms: u64,
+    /// The highest sequence number ever reserved.
+    pub last_seq: u64,
+    pub claim: Option<OwnClaim>,
+    /// Highest sequence number seen of each node.
+    pub marks: BTreeMap<NodeId, u64>,
+    /// Frames of the last run's members, verbatim.
+    pub frames: Vec<Bytes>,
+}
+
+/// What the shell has to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AgentEvent {
+    /// Open a carrier to this server; answer by `handle_connected` or `handle_disconnected`.
+    Dial(ServerId),
+    /// Send what is queued for this server, then close its carrier.
+    HangUp(ServerId),
+    /// Write this sequence number to disk, then call `handle_seq_reserved`.
+    ReserveSeq(u64),
+    /// Keep the overlay IPv4 address for the next start.
+    StoreClaim(OwnClaim),
+    /// Members changed: keep `frames()` and `marks()` for the next start.
+    StoreMembers,
+    SetRoute(WgPublicKey, PeerRoute),
+    StartHandshake(WgPublicKey),
+    /// Carry out these steps in order, then call `handle_applied`.
+    Apply(Vec<Action>),
+    /// The farewell is said and the host is clean: the machine has nothing left to do.
+    Stopped,
+}
+
+#[derive(Debug)]
+pub struct Agent {
+    settings: Settings,
+    keys: ClusterKeys,
+    identity: SignKey,
+    wg_public: WgPublicKey,
+    wg_proof: WgProof,
+    instance: [u8; 16],
+    started: (Instant, u64),
+    random: SplitMix64,
+    nonces: publish::Nonces,
+    members: Members,
+    clients: BTreeMap<ServerId, Client>,
+    server_facts: BTreeMap<ServerId, ServerFacts>,
+    synced_once: bool,
+    paths: BTreeMap<WgPublicKey, PathAgent>,
+    static_routes: BTreeMap<WgPublicKey, PeerRoute>,
+    peers: Vec<Peer>,
+    /// Peers that counted as down when the desired state was last worked out.
+    down: BTreeSet<WgPublicKey>,
+    observed: Option<Observed>,
+    own_prefixes: BTreeMap<IpNet, u64>,
+    publisher: publish::Publisher,
+    rp_filter_denied: BTreeSet<String>,
+    /// Steps are with the shell.
+    applying: bool,
+    applied_once: bool,
+    failed: BTreeMap<String, String>,
+    retry_pause: Duration,
+    retry_at: Option<Instant>,
+    /// When what follows from new facts is to be worked out.
+    due: Option<Instant>,
+    next_tick: Instant,
+    leaving: Option<Leaving>,
+    clone_seen: bool,
+    events: VecDeque<AgentEvent>,
+}
+
+/// Why a step failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepError {
+    /// For people: names the object and the fix.
+    pub text: String,
+    /// The host does not let us, and will not the next time either.
+    pub not_permitted: bool,
+}
+
+/// What a server last told about us and itself.
+#[derive(Debug, Clone, Default)]
+struct ServerFacts {
+    observed: Option<SocketAddr>,
+    refused: Option<SessionError>,
+    lost: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Leaving {
+    /// Servers that have not stored the farewell by then go without it; `None` once that time has come.
+    give_up_at: Option<Instant>,
+    said: bool,
+    stopped: bool,
+}
+
+impl Agent {
+    pub fn new(settings: Settings, start: Start, now: Instant) -> Self {
+        let own = start.identity.node_id();
+        let mut members = Members::new(start.keys.clone(), settings.cluster_id.clone(), own, start.marks);
+        members.set_own_seq(start.last_seq);
+        members.set_denied(settings.deny_nodes.clone());
+        let nonces = publish::Nonces::new(start.seed);
+        let mut agent = Self {
+            settings,
+            keys: start.keys,
+            identity: start.identity,
+            wg_public: start.wg_public,
+            wg_proof: start.wg_proof,
+            instance: start.instance,
+            started: (now, start.unix_ms),
+            random: SplitMix64::new(nonces.seed()),
+            nonces,
+            members,
+            clients: BTreeMap::new(),
+            server_facts: BTreeMap::new(),
+            synced_once: false,
+            paths: BTreeMap::new(),
+            static_routes: BTreeMap::new(),
+            peers: Vec::new(),
+            down: BTreeSet::new(),
+            observed: None,
+            own_prefixes: BTreeMap::new(),
+            publisher: publish::Publisher::new(start.last_seq, start.claim),
+            rp_filter_denied: BTreeSet::new(),
+            applying: false,
+            applied_once: false,
+            failed: BTreeMap::new(),
+            retry_pause: RETRY_FAILED_STEPS,
+            retry_at: None,
+            due: Some(now),
+            next_tick: now + RECONCILE_INTERVAL,
+            leaving: None,
+            clone_seen: false,
+            events: VecDeque::new(),
+        };
+        for frame in start.frames {
+            // A damaged or foreign frame in the cache is counted like any other.
+            let _counted = agent.members.admit(frame, now);
+        }
+        agent.set_own_prefixes(now);
+        agent.connect_servers(now);
+        agent
+    }
+
+    pub fn node_id(&self) -> NodeId {
+        self.identity.node_id()
+    }
+
+    pub fn overlay_v6(&self) -> Ipv6Addr {
+        addr::overlay_v6(&self.settings.cluster_id, &self.identity.node_id())
+    }
+
+    pub fn overlay_v4(&self) -> Option<Ipv4Addr> {
+        self.publisher.claim.map(|claim| claim.addr)
+    }
+
+    pub fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// Frames of all members, for the cache.
+    pub fn frames(&self) -> Vec<Bytes> {
+        self.members.iter().map(|(_, member)| member.frame.as_bytes().clone()).collect()
+    }
+
+    /// The operator changed the settings; identity and cluster stay.
+    pub fn handle_settings(&mut self, settings: Settings, now: Instant) {
+        let servers_changed = settings.servers != self.settings.servers;
+        self.members.set_denied(settings.deny_nodes.clone());
+        self.settings = settings;
+        self.set_own_prefixes(now);
+        if servers_changed {
+            self.disconnect_servers();
+            self.connect_servers(now);
+        }
+        self.rp_filter_denied.clear();
+        self.work_out_at(now);
+        self.settle(now);
+    }
+
+    /// What is on the host now, whoever changed it.
+    pub fn handle_observed(&mut self, observed: Observed, now: Instant) {
+        let moved = self.observed.as_ref().is_some_and(|before| before.underlay != observed.underlay);
+        self.observed = Some(observed);
+        if moved {
+            tracing::info!("the network of this host changed");
+            self.rp_filter_denied.clear();
+            for client in self.clients.values_mut() {
+                client.handle_network_changed(now);
+            }
+            for path in self.paths.values_mut() {
+                path.handle_network_changed(now);
+            }
+        }
+        self.work_out_at(now);
+        self.settle(now);
+    }
+
+    /// What came of the steps: those that failed with their reasons, and what is on the host after them.
+    pub fn handle_applied(&mut self, failures: Vec<(Action, StepError)>, observed: Observed, now: Instant) {
+        self.applying = false;
+        self.failed.clear();
+        if failures.is_empty() {
+            self.retry_pause = RETRY_FAILED_STEPS;
+            self.retry_at = None;
+        } else {
+            self.retry_at = Some(now + self.retry_pause);
+            self.retry_pause = (self.retry_pause * 2).min(RECONCILE_INTERVAL);
+        }
+        for (action, error) in failures {
+            if let (Action::LoosenRpFilter { link }, true) = (&action, error.not_permitted) {
+                self.rp_filter_denied.insert(link.clone());
+            }
+            tracing::warn!(error = %error.text, "a step on this host failed: {}", view::step(&action));
+            self.failed.insert(view::step(&action), error.text);
+        }
+        if !self.applied_once && observed.link.is_some() {
+            self.applied_once = true;
+            for path in self.paths.values_mut().take(MAX_WAKES) {
+                path.handle_wake();
+            }
+        }
+        self.handle_observed(observed, now);
+    }
+
+    pub fn handle_peer_report(&mut self, peer: &WgPublicKey, report: &PeerReport, now: Instant) {
+        if matches!(report, PeerReport::Handshake { .. } | PeerReport::Roamed { .. }) {
+            self.members.note_evidence(peer, now);
+        }
+        if let Some(path) = self.paths.get_mut(peer) {
+            let before = path.state(now);
+            path.handle_report(report, now);
+            let after = path.state(now);
+            if before != after {
+                self.log_path(peer, after);
+            }
+            if is_down(after) != self.down.contains(peer) {
+                self.work_out_at(now);
+            }
+        } else if let (Some(route), PeerReport::Handshake { endpoint } | PeerReport::Roamed { endpoint }) =
+            (self.static_routes.get_mut(peer), report)
+        {
+            let moved = PeerRoute { primary: Some(*endpoint), handshake_fan_out: Vec::new() };
+            if *route != moved {
+                *route = moved.clone();
+                self.events.push_back(AgentEvent::SetRoute(*peer, moved));
+            }
+        }
+        self.settle(now);
+    }
+
+    pub fn handle_connected(&mut self, server: ServerId, exporter: [u8; 32], now: Instant) {
+        if let Some(client) = self.clients.get_mut(&server) {
+            client.handle_connected(exporter, now);
+        }
+        self.settle(now);
+    }
+
+    pub fn handle_disconnected(&mut self, server: ServerId, reason: &str, now: Instant) {
+        if let Some(client) = self.clients.get_mut(&server) {
+            client.handle_disconnected(reason, now);
+        }
+        self.settle(now);
+    }
+
+    pub fn handle_message(&mut self, server: ServerId, message: &[u8], now: Instant) {
+        if let Some(client) = self.clients.get_mut(&server) {
+            client.handle_message(message, now);
+        }
+        self.settle(now);
+    }
+
+    /// The reserved sequence number is on disk, or could not be written and the wall clock must do.
+    pub fn handle_seq_reserved(&mut self, seq: u64, now: Instant) {
+        self.seal_and_publish(seq, now);
+        self.settle(now);
+    }
+
+    /// Say farewell, clean the host, stop. For `leave`, `down` and `enabled: false`, never for a restart.
+    pub fn handle_leave(&mut self, now: Instant) {
+        if self.leaving.is_none() {
+            tracing::info!("leaving the mesh");
+            self.leaving = Some(Leaving { give_up_at: Some(now + FAREWELL_WAIT), said: false, stopped: false });
+            self.work_out_at(now);
+        }
+        self.settle(now);
+    }
+
+    pub fn handle_timeout(&mut self, now: Instant) {
+        for client in self.clients.values_mut() {
+            client.handle_timeout(now);
+        }
+        for (key, path) in &mut self.paths {
+            path.handle_timeout(now);
+            if is_down(path.state(now)) != self.down.contains(key) {
+                self.due = Some(now);
+            }
+        }
+        if now >= self.next_tick {
+            self.next_tick = now + RECONCILE_INTERVAL;
+            let connected = self.connected();
+            for node in self.members.expire(&connected, now) {
+                tracing::info!(node = %node.short(), "member expired: nobody lists it and nothing came from it");
+                self.events.push_back(AgentEvent::StoreMembers);
+            }
+            self.work_out_at(now);
+        }
+        if self.publisher.is_due(now) {
+            self.work_out_at(now);
+        }
+        if self.retry_at.is_some_and(|at| now >= at) {
+            self.retry_at = None;
+            self.work_out_at(now);
+        }
+        self.settle(now);
+    }
+
+    /// The next message for a server.
+    pub fn poll_transmit(&mut self) -> Option<(ServerId, Bytes)> {
+        self.clients.iter_mut().find_map(|(server, client)| Some((*server, client.poll_transmit()?)))
+    }
+
+    pub fn poll_event(&mut self) -> Option<AgentEvent> {
+        self.events.pop_front()
+    }
+
+    pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
+        let clients = self.clients.values().filter_map(Client::poll_timeout);
+        let paths = self.paths.values().filter_map(PathAgent::poll_timeout);
+        let own = [
+            self.due.map(|at| (at, "work out what new facts mean")),
+            self.retry_at.map(|at| (at, "try failed steps again")),
+            self.leaving
+                .and_then(|leaving| leaving.give_up_at)
+                .map(|at| (at, "stop waiting for servers to store the farewell")),
+            self.publisher.poll_timeout(),
+            Some((self.next_tick, "compare desired and observed")),
+        ];
+        clients.chain(paths).chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
+    }
+}
+
+impl Agent {
+    /// Moves what the parts have to say into the queue, and works out the consequences when they are due.
+    fn settle(&mut self, now: Instant) {
+        self.drain_clients(now);
+        if self.due.is_some_and(|due| due <= now) {
+            self.due = None;
+            self.work_out(now);
+            self.drain_clients(now);
+        }
+        for (key, path) in &mut self.paths {
+            while let Some(event) = path.poll_event() {
+                self.events.push_back(match event {
+                    PathEvent::Route(route) => AgentEvent::SetRoute(*key, route),
+                    PathEvent::StartHandshake => AgentEvent::StartHandshake(*key),
+                });
+            }
+        }
+        self.finish_leaving(now);
+    }
+
+    fn drain_clients(&mut self, now: Instant) {
+        let servers: Vec<ServerId> = self.clients.keys().copied().collect();
+        for server in servers {
+            while let Some(event) = self.clients.get_mut(&server).and_then(Client::poll_event) {
+                self.handle_client_event(server, event, now);
+            }
+        }
+    }
+
+    fn handle_client_event(&mut self, server: ServerId, event: ClientEvent, now: Instant) {
+        let name = &self.settings.servers[server.0].name;
+        let facts = self.server_facts.entry(server).or_default();
+        match event {
+            ClientEvent::Dial => self.events.push_back(AgentEvent::Dial(server)),
+            ClientEvent::HangUp => self.events.push_back(AgentEvent::HangUp(server)),
+            ClientEvent::Welcomed { observed, .. } => {
+                tracing::info!(server = %name, %observed, "connected to discovery server");
+                *facts = ServerFacts { observed: Some(observed), ..ServerFacts::default() };
+                self.work_out_at(now);
+            }
+            ClientEvent::Frame(bytes) => self.handle_frame(server, bytes, now),
+            ClientEvent::Synced { listed } => {
+                self.members.set_listing(server, &listed);
+                if !self.synced_once {
+                    tracing::info!(server = %name, members = self.members.iter().count(), "learned the members of the cluster");
+                }
+                self.synced_once = true;
+                self.work_out_at(now);
+            }
+            ClientEvent::Gone(node) => {
+                self.members.unlist(server, &node);
+                self.work_out_at(now + SETTLE);
+            }
+            ClientEvent::Stored { seq } => self.publisher.handle_stored(server, seq),
+            ClientEvent::Refused(error) => {
+                tracing::warn!(server = %name, %error, "the discovery server refused a request");
+                facts.refused = Some(error);
+            }
+            ClientEvent::Lost { reason, retry_in } => {
+                tracing::warn!(server = %name, %reason, ?retry_in, "no session with the discovery server");
+                facts.lost = Some(reason);
+            }
+        }
+    }
+
+    fn handle_frame(&mut self, server: ServerId, bytes: Bytes, now: Instant) {
+        match self.members.admit_listed(bytes, server, now) {
+            Ok((_, Admission::Known)) => {}
+            Ok((node, Admission::OwnIdentity { seq, instance })) => {
+                self.members.set_own_seq(seq);
+                self.publisher.jump_past(seq);
+                if instance != Some(self.instance) && !self.clone_seen {
+                    self.clone_seen = true;
+                    tracing::warn!(
+                        node = %node.short(),
+                        "another agent runs with this node's identity: give every machine its own state directory"
+                    );
+                }
+            }
+            Ok((node, admission)) => {
+                let host_name = self.members.get(&node).map(|member| member.record.host_name.clone());
+                match admission {
+                    Admission::New => {
+                        tracing::info!(node = %node.short(), ?host_name, "member joined")
+                    }
+                    Admission::Left => tracing::info!(node = %node.short(), "member left"),
+                    _ => tracing::debug!(node = %node.short(), ?host_name, "member updated"),
+                }
+                self.events.push_back(AgentEvent::StoreMembers);
+                self.work_out_at(now + SETTLE);
+            }
+            Err(rejection) => tracing::debug!(%rejection, "a record was not accepted"),
+        }
+    }
+
+    /// From facts to consequences: peers, paths, desired state, steps, our own record.
+    fn work_out(&mut self, now: Instant) {
+        if self.leaving.is_none() {
+            self.resolve_overlay_v4(now);
+            self.peers = self.judge_peers(now);
+            self.sync_paths(now);
+        }
+        self.down = self.paths.iter().filter(|(_, path)| is_down(path.state(now))).map(|(key, _)| *key).collect();
+        if self.applying || self.retry_at.is_some() {
+            self.publish_if_changed(now);
+            return;
+        }
+        let Some(observed) = &self.observed else {
+            return;
+        };
+        let desired = if self.leaving.is_some() { Desired::default() } else { self.desired(observed) };
+        let steps = reconcile(&desired, observed);
+        if !steps.is_empty() {
+            self.applying = true;
+            self.events.push_back(AgentEvent::Apply(steps));
+        }
+        self.publish_if_changed(now);
+    }
+
+    fn desired(&self, observed: &Observed) -> Desired {
+        Inputs {
+            settings: &self.settings,
+            keys: &self.keys,
+            own: (self.identity.node_id(), self.wg_public),
+            overlay_v6: self.overlay_v6(),
+            overlay_v4: self.overlay_v4(),
+            peers: &self.peers,
+            down: &self.down,
+            underlay: &observed.underlay,
+            loosened: &observed.loosened,
+            rp_filter_denied: &self.rp_filter_denied,
+        }
+        .desired()
+    }
+
+    fn judge_peers(&self, now: Instant) -> Vec<Peer> {
+        Surroundings {
+            settings: &self.settings,
+            members: &self.members,
+            own: self.identity.node_id(),
+            own_overlay_v4: self.own_claim(),
+            own_prefixes: &self.own_prefixes,
+            underlay: self.underlay(),
+            rp_filter_denied: &self.rp_filter_denied,
+            now,
+        }
+        .peers()
+    }
+
+    /// One path agent a member, one route a static peer.
+    fn sync_paths(&mut self, now: Instant) {
+        self.paths.retain(|key, _| self.peers.iter().any(|peer| peer.key == *key));
+        for peer in &self.peers {
+            let path = self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64()));
+            path.handle_candidates(&peer.candidates);
+            path.handle_generation(peer.generation, now);
+        }
+        let statics: BTreeMap<WgPublicKey, &StaticPeer> =
+            self.settings.static_peers.iter().map(|peer| (peer.public_key, peer)).collect();
+        self.static_routes.retain(|key, _| statics.contains_key(key));
+        for (key, peer) in statics {
+            self.static_routes.entry(key).or_insert_with(|| {
+                let route = PeerRoute { primary: peer.endpoint, handshake_fan_out: Vec::new() };
+                self.events.push_back(AgentEvent::SetRoute(key, route.clone()));
+                route
+            });
+        }
+    }
+
+    /// Takes an overlay IPv4 address when it is time to, and another one when an older claim holds ours.
+    fn resolve_overlay_v4(&mut self, now: Instant) {
+        let own = self.identity.node_id();
+        let is_held = |claim: &OwnClaim| {
+            let ours = Claim { claimed_at_ms: claim.claimed_at_ms, node: own };
+            self.members.iter().filter(|(_, member)| member.is_live(now)).any(|(node, member)| {
+                member.record.overlay_v4.is_some_and(|theirs| {
+                    theirs.addr == claim.addr && Claim { claimed_at_ms: theirs.claimed_at_ms, node: *node } < ours
+                })
+            })
+        };
+        let pool = self.settings.overlay_v4_pool;
+        match self.publisher.claim.filter(|claim| pool.contains(&claim.addr)) {
+            Some(claim) if !is_held(&claim) => return,
+            Some(claim) => {
+                tracing::warn!(addr = %claim.addr, "an older claim holds our overlay IPv4 address: taking another")
+            }
+            None => {}
+        }
+        if !self.may_claim(now) {
+            self.work_out_at(self.started.0 + FIRST_SNAPSHOT_WAIT);
+            return;
+        }
+        let chosen = peer::choose_overlay_v4(pool, &self.members, &own, now);
+        self.publisher.claim = chosen.map(|addr| OwnClaim { addr, claimed_at_ms: self.unix_ms(now) });
+        if let Some(claim) = self.publisher.claim {
+            tracing::info!(addr = %claim.addr, "took an overlay IPv4 address");
+            self.events.push_back(AgentEvent::StoreClaim(claim));
+        }
+    }
+
+    /// Whether enough is known of others to take an address.
+    fn may_claim(&self, now: Instant) -> bool {
+        self.synced_once || self.clients.is_empty() || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
+    }
+
+    fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
+        let claim = self.publisher.claim?;
+        Some((claim.addr, Claim { claimed_at_ms: claim.claimed_at_ms, node: self.identity.node_id() }))
+    }
+
+    fn finish_leaving(&mut self, now: Instant) {
+        let Some(leaving) = self.leaving.filter(|leaving| !leaving.stopped) else {
+            return;
+        };
+        if !leaving.said {
+            self.leaving = Some(Leaving { said: true, ..leaving });
+            self.reserve_seq(now);
+        }
+        if leaving.give_up_at.is_some_and(|at| now >= at) {
+            self.leaving = self.leaving.map(|leaving| Leaving { give_up_at: None, ..leaving });
+        }
+        let is_farewell_done = leaving.give_up_at.is_none() || self.publisher.is_stored_by(&self.connected());
+        let is_clean = !self.applying && self.retry_at.is_none() && self.due.is_none();
+        if leaving.said && is_farewell_done && is_clean {
+            self.disconnect_servers();
+            self.leaving = Some(Leaving { give_up_at: None, said: true, stopped: true });
+            self.events.push_back(AgentEvent::Stopped);
+        }
+    }
+
+    fn connect_servers(&mut self, now: Instant) {
+        for (place, server) in self.settings.servers.iter().enumerate() {
+            let config = ClientConfig {
+                server_name: server.name.clone(),
+                keys: self.keys.clone(),
+                identity: self.identity.clone(),
+                instance: self.instance,
+                proxied: server.proxied,
+            };
+            let mut client = Client::new(config, self.random.next_u64(), now);
+            if let Some(frame) = self.publisher.frame() {
+                client.publish(frame.clone(), now);
+            }
+            self.clients.insert(ServerId(place), client);
+        }
+    }
+
+    fn disconnect_servers(&mut self) {
+        for (server, mut client) in std::mem::take(&mut self.clients) {
+            client.stop();
+            self.events.push_back(AgentEvent::HangUp(server));
+        }
+        self.server_facts.clear();
+    }
+
+    fn connected(&self) -> BTreeSet<ServerId> {
+        let is_live = |client: &Client| matches!(client.state(), ClientState::Syncing | ClientState::Live);
+        self.clients.iter().filter(|(_, client)| is_live(client)).map(|(server, _)| *server).collect()
+    }
+
+    fn underlay(&self) -> &[crate::device::UnderlayLink] {
+        self.observed.as_ref().map_or(&[], |observed| &observed.underlay)
+    }
+
+    fn work_out_at(&mut self, at: Instant) {
+        self.due = Some(self.due.map_or(at, |due| due.min(at)));
+    }
+
+    fn unix_ms(&self, now: Instant) -> u64 {
+        let (at, unix_ms) = self.started;
+        unix_ms.saturating_add(u64::try_from(now.since(at).as_millis()).unwrap_or(u64::MAX))
+    }
+
+    fn log_path(&self, key: &WgPublicKey, state: PathState) {
+        let peer = self.peers.iter().find(|peer| peer.key == *key);
+        let member = peer.and_then(|peer| self.members.get(&peer.node));
+        let Some(host_name) = member.map(|member| &member.record.host_name) else {
+            return;
+        };
+        match state {
+            PathState::Up { endpoint } => {
+                tracing::info!(peer = %host_name, %endpoint, "peer is up")
+            }
+            PathState::Down { .. } => {
+                tracing::warn!(peer = %host_name, "peer is down: no endpoint of it answers")
+            }
+            PathState::Idle | PathState::Connecting { .. } => {
+                tracing::debug!(peer = %host_name, ?state, "path changed")
+            }
+        }
+    }
+}
+
+fn is_down(state: PathState) -> bool {
+    matches!(state, PathState::Down { .. })
+}

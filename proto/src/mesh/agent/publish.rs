@@ -1,0 +1,259 @@
+//! Our own record: when it is due, what it says, and who has stored it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use mesh_common::addr;
+use mesh_common::limits::{MAX_CANDIDATES, MAX_PREFIXES, RECORD_REFRESH, RECORD_VALID_FOR};
+use mesh_common::nat::NatClass;
+use mesh_common::time::Instant;
+use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
+
+use super::{Agent, AgentEvent};
+use crate::mesh::members::ServerId;
+use crate::sealed;
+use crate::wire::frame::Frame;
+use crate::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Record};
+
+/// Changes within this long of the last publication wait: a flapping link costs the mesh one record a second.
+const PUBLISH_PAUSE: Duration = Duration::from_secs(1);
+
+/// This node's overlay IPv4 address and since when it holds it (unix milliseconds).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OwnClaim {
+    pub addr: Ipv4Addr,
+    pub claimed_at_ms: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Publisher {
+    last_seq: u64,
+    pub(super) claim: Option<OwnClaim>,
+    /// The number that the shell is writing to disk.
+    reserving: Option<u64>,
+    published: Option<Published>,
+    again_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Published {
+    frame: Frame,
+    /// `None` = the farewell.
+    record: Option<Record>,
+    at: Instant,
+    stored_by: BTreeSet<ServerId>,
+}
+
+impl Publisher {
+    pub(super) fn new(last_seq: u64, claim: Option<OwnClaim>) -> Self {
+        Self { last_seq, claim, reserving: None, published: None, again_at: None }
+    }
+
+    pub(super) fn frame(&self) -> Option<&Frame> {
+        self.published.as_ref().map(|published| &published.frame)
+    }
+
+    /// A number of ours that we do not know of is out there: ours go on after it.
+    pub(super) fn jump_past(&mut self, seq: u64) {
+        if seq > self.last_seq {
+            self.last_seq = seq;
+            self.published = None;
+        }
+    }
+
+    pub(super) fn handle_stored(&mut self, server: ServerId, seq: u64) {
+        if let Some(published) = self.published.as_mut().filter(|published| published.frame.seq() == seq) {
+            published.stored_by.insert(server);
+        }
+    }
+
+    /// Whether the farewell is out and all of these servers have it.
+    pub(super) fn is_stored_by(&self, servers: &BTreeSet<ServerId>) -> bool {
+        let farewell = self.published.as_ref().filter(|published| published.record.is_none());
+        farewell.is_some_and(|published| servers.is_subset(&published.stored_by))
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
+        self.again_at.map(|at| (at, "publish the own record"))
+    }
+
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.again_at.is_some_and(|at| now >= at)
+    }
+
+    /// The sequence number of the newest frame that is out.
+    pub(super) fn published_seq(&self) -> Option<u64> {
+        self.frame().map(Frame::seq)
+    }
+}
+
+impl Agent {
+    pub(super) fn publish_if_changed(&mut self, now: Instant) {
+        self.publisher.again_at = None;
+        if self.observed.is_none() || self.leaving.is_some() || self.publisher.reserving.is_some() {
+            return;
+        }
+        if self.publisher.claim.is_none() && !self.may_claim(now) {
+            return;
+        }
+        let record = self.record(now);
+        match &self.publisher.published {
+            Some(published) if published.record.as_ref() == Some(&record) => {
+                let refresh_at = published.at + RECORD_REFRESH;
+                if now < refresh_at {
+                    self.publisher.again_at = Some(refresh_at);
+                    return;
+                }
+            }
+            Some(published) if now < published.at + PUBLISH_PAUSE => {
+                self.publisher.again_at = Some(published.at + PUBLISH_PAUSE);
+                return;
+            }
+            _ => {}
+        }
+        self.reserve_seq(now);
+    }
+
+    pub(super) fn reserve_seq(&mut self, now: Instant) {
+        let seq = (self.publisher.last_seq + 1).max(self.unix_ms(now));
+        self.publisher.reserving = Some(seq);
+        self.events.push_back(AgentEvent::ReserveSeq(seq));
+    }
+
+    pub(super) fn seal_and_publish(&mut self, seq: u64, now: Instant) {
+        if self.publisher.reserving.take_if(|reserving| *reserving == seq).is_none() {
+            return;
+        }
+        self.publisher.last_seq = seq;
+        self.members.set_own_seq(seq);
+        let record = self.leaving.is_none().then(|| self.record(now));
+        let nonce = self.nonces.next();
+        let frame = match sealed::seal(&self.keys, &self.identity, seq, record.as_ref(), nonce) {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::error!(%error, "our record cannot be sealed");
+                return;
+            }
+        };
+        for client in self.clients.values_mut() {
+            client.publish(frame.clone(), now);
+        }
+        let first = self.publisher.published.is_none();
+        if first && let Some(record) = &record {
+            tracing::info!(
+                overlay_v6 = %record.overlay_v6,
+                candidates = record.candidates.len(),
+                prefixes = record.prefixes.len(),
+                "published our record"
+            );
+        }
+        self.publisher.again_at = record.as_ref().map(|_| now + RECORD_REFRESH);
+        self.publisher.published = Some(Published { frame, record, at: now, stored_by: BTreeSet::new() });
+    }
+
+    /// Keeps since when each prefix is announced; new ones since now.
+    pub(super) fn set_own_prefixes(&mut self, now: Instant) {
+        let since = self.unix_ms(now);
+        let mut prefixes: BTreeSet<IpNet> = self.settings.prefixes.clone();
+        if self.settings.advertise_node_addresses {
+            prefixes.extend(self.host_addresses().map(IpNet::from));
+        }
+        let before = std::mem::take(&mut self.own_prefixes);
+        let with_since = |prefix: IpNet| (prefix, before.get(&prefix).copied().unwrap_or(since));
+        self.own_prefixes = prefixes.into_iter().take(MAX_PREFIXES).map(with_since).collect::<BTreeMap<_, _>>();
+    }
+
+    fn record(&mut self, now: Instant) -> Record {
+        self.set_own_prefixes(now);
+        Record {
+            wg_key: self.wg_public,
+            wg_proof: self.wg_proof,
+            host_name: self.settings.host_name.clone(),
+            overlay_v6: self.overlay_v6(),
+            overlay_v4: self
+                .publisher
+                .claim
+                .map(|claim| OverlayV4 { addr: claim.addr, claimed_at_ms: claim.claimed_at_ms }),
+            prefixes: self
+                .own_prefixes
+                .iter()
+                .map(|(prefix, since_ms)| PrefixClaim { prefix: *prefix, since_ms: *since_ms })
+                .collect(),
+            excluded_prefixes: Vec::new(),
+            candidates: self.candidates(),
+            nat_v4: NatClass::default(),
+            nat_v6: NatClass::default(),
+            instance: self.instance,
+            started_at_ms: self.started.1,
+            valid_for: RECORD_VALID_FOR,
+            wire_min: 1,
+            wire_max: 1,
+            features: 0,
+            admission: Vec::new(),
+            ext: Vec::new(),
+        }
+    }
+
+    /// Own addresses with the WireGuard port, and where servers see us, in case the port is the same outside.
+    fn candidates(&self) -> Vec<Candidate> {
+        let port = self.settings.listen_port;
+        let allowed = |addr: &IpAddr| self.settings.endpoint_filter.passes(*addr);
+        let host: BTreeSet<IpAddr> = self.host_addresses().filter(allowed).collect();
+        let seen = self.server_facts.values().filter_map(|facts| facts.observed).map(|at| at.ip().to_canonical());
+        let seen: BTreeSet<IpAddr> =
+            seen.filter(|addr| addr::is_routable(*addr) && allowed(addr) && !host.contains(addr)).collect();
+        let own: BTreeSet<IpAddr> = self.underlay().iter().flat_map(|link| &link.addresses).map(IpNet::addr).collect();
+        let seen = seen.into_iter().filter(|addr| !own.contains(addr));
+        let host = host.iter().map(|addr| (CandidateKind::Host, *addr));
+        host.chain(seen.map(|addr| (CandidateKind::Reflexive, addr)))
+            .map(|(kind, addr)| Candidate { kind, addr: SocketAddr::new(addr, port) })
+            .take(MAX_CANDIDATES)
+            .collect()
+    }
+
+    /// Addresses of real interfaces that others may reach.
+    fn host_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let real = self.underlay().iter().filter(|link| link.virtual_kind.is_none());
+        real.flat_map(|link| link.addresses.iter().map(IpNet::addr)).filter(|addr| addr::is_routable(*addr))
+    }
+}
+
+/// Fresh 24-byte nonces: SHA-256 over 32 random bytes of this start and a counter.
+pub(super) struct Nonces {
+    seed: Zeroizing<[u8; 32]>,
+    counter: u64,
+}
+
+impl Nonces {
+    pub(super) fn new(seed: [u8; 32]) -> Self {
+        Self { seed: Zeroizing::new(seed), counter: 0 }
+    }
+
+    /// A seed for jitter.
+    pub(super) fn seed(&self) -> u64 {
+        let hash = self.hash(b"meshspan/v1 jitter", 0);
+        u64::from_le_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]])
+    }
+
+    fn next(&mut self) -> [u8; 24] {
+        self.counter += 1;
+        let hash = self.hash(b"meshspan/v1 nonce", self.counter);
+        let mut nonce = [0; 24];
+        nonce.copy_from_slice(&hash[..24]);
+        nonce
+    }
+
+    fn hash(&self, label: &[u8], counter: u64) -> [u8; 32] {
+        let hash = Sha256::new().chain_update(label).chain_update(self.seed.as_slice());
+        hash.chain_update(counter.to_le_bytes()).finalize().into()
+    }
+}
+
+impl std::fmt::Debug for Nonces {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Nonces(hidden)")
+    }
+}

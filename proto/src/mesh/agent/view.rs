@@ -1,0 +1,159 @@
+//! What the machine knows, for people: a read model that is never read back.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use ipnet::IpNet;
+use mesh_common::host_name::HostName;
+use mesh_common::id::{Namespace, NodeId};
+use mesh_common::key::WgPublicKey;
+use mesh_common::time::Instant;
+
+use super::Agent;
+use crate::device::Action;
+use crate::discovery::client::ClientState;
+use crate::mesh::peer::Verdict;
+use crate::path::agent::PathState;
+
+#[derive(Debug, Clone)]
+pub struct View {
+    pub node: NodeId,
+    pub namespace: Namespace,
+    pub wg_public: WgPublicKey,
+    pub overlay_v6: Ipv6Addr,
+    pub overlay_v4: Option<Ipv4Addr>,
+    /// Sequence number of the newest own frame that went out.
+    pub published_seq: Option<u64>,
+    pub servers: Vec<ServerView>,
+    pub peers: Vec<PeerView>,
+    /// Steps on the host that failed, with their reasons.
+    pub failed_steps: BTreeMap<String, String>,
+    pub rp_filter_denied: Vec<String>,
+    /// Another agent runs with this node's identity.
+    pub clone_seen: bool,
+    /// Refused records by reason.
+    pub rejected: BTreeMap<String, u64>,
+    /// Malformed or unknown messages from servers.
+    pub malformed: u64,
+}
+
+#[derive(Debug, Clone)]
+pub struct ServerView {
+    pub name: String,
+    pub state: ClientState,
+    /// Why there is no session, or what the server refused.
+    pub detail: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct PeerView {
+    /// `None` for a static peer.
+    pub node: Option<NodeId>,
+    pub name: String,
+    pub key: WgPublicKey,
+    pub overlay_v6: Option<Ipv6Addr>,
+    pub overlay_v4: Option<Ipv4Addr>,
+    /// `None` for a static peer, which has no path agent.
+    pub state: Option<PathState>,
+    pub endpoint: Option<SocketAddr>,
+    pub candidates: Vec<SocketAddr>,
+    pub prefixes: Vec<(IpNet, Verdict)>,
+    pub last_evidence: Option<Instant>,
+}
+
+impl Agent {
+    pub fn view(&self, now: Instant) -> View {
+        View {
+            node: self.node_id(),
+            namespace: self.keys.namespace,
+            wg_public: self.wg_public,
+            overlay_v6: self.overlay_v6(),
+            overlay_v4: self.overlay_v4(),
+            published_seq: self.publisher.published_seq(),
+            servers: self.server_views(),
+            peers: self.member_views(now).chain(self.static_views()).collect(),
+            failed_steps: self.failed.clone(),
+            rp_filter_denied: self.rp_filter_denied.iter().cloned().collect(),
+            clone_seen: self.clone_seen,
+            rejected: self.members.rejected().iter().map(|(why, count)| (why.to_string(), *count)).collect(),
+            malformed: self.clients.values().map(|client| client.malformed()).sum(),
+        }
+    }
+
+    /// The name of a member, for logs.
+    pub fn host_name_of(&self, key: &WgPublicKey) -> Option<&HostName> {
+        let peer = self.peers.iter().find(|peer| peer.key == *key)?;
+        self.members.get(&peer.node).map(|member| &member.record.host_name)
+    }
+
+    fn server_views(&self) -> Vec<ServerView> {
+        let view = |(place, client): (&crate::mesh::members::ServerId, &crate::discovery::client::Client)| {
+            let facts = self.server_facts.get(place);
+            let refused = facts.and_then(|facts| facts.refused.as_ref()).map(ToString::to_string);
+            ServerView {
+                name: self.settings.servers[place.0].name.clone(),
+                state: client.state(),
+                detail: refused.or_else(|| facts.and_then(|facts| facts.lost.clone())),
+            }
+        };
+        self.clients.iter().map(view).collect()
+    }
+
+    fn member_views(&self, now: Instant) -> impl Iterator<Item = PeerView> {
+        self.peers.iter().filter_map(move |peer| {
+            let member = self.members.get(&peer.node)?;
+            let path = self.paths.get(&peer.key);
+            Some(PeerView {
+                node: Some(peer.node),
+                name: member.record.host_name.to_string(),
+                key: peer.key,
+                overlay_v6: Some(peer.overlay_v6),
+                overlay_v4: peer.overlay_v4,
+                state: path.map(|path| path.state(now)),
+                endpoint: path.and_then(|path| path.route().primary),
+                candidates: peer.candidates.clone(),
+                prefixes: peer.prefixes.clone(),
+                last_evidence: Some(member.last_evidence),
+            })
+        })
+    }
+
+    fn static_views(&self) -> impl Iterator<Item = PeerView> {
+        self.settings.static_peers.iter().map(|peer| PeerView {
+            node: None,
+            name: peer.name.clone(),
+            key: peer.public_key,
+            overlay_v6: None,
+            overlay_v4: None,
+            state: None,
+            endpoint: self.static_routes.get(&peer.public_key).and_then(|route| route.primary),
+            candidates: peer.endpoint.into_iter().collect(),
+            prefixes: peer.allowed_ips.iter().map(|prefix| (*prefix, Verdict::Routed)).collect(),
+            last_evidence: None,
+        })
+    }
+}
+
+/// A step in words, without secrets.
+pub(super) fn step(action: &Action) -> String {
+    match action {
+        Action::CreateLink(link) => format!("create interface {}", link.name),
+        Action::UpdateLink(link) => format!("update interface {}", link.name),
+        Action::DeleteLink { name } => format!("delete interface {name}"),
+        Action::SetPeer(key, _) => format!("set peer {key}"),
+        Action::RemovePeer(key) => format!("remove peer {key}"),
+        Action::AddRoute(route) => format!("add route {}", route.prefix),
+        Action::RemoveRoute(route) => format!("remove route {}", route.prefix),
+        Action::AddRule(family) => format!("add routing rule ({})", family_name(*family)),
+        Action::RemoveRule(family) => format!("remove routing rule ({})", family_name(*family)),
+        Action::LoosenRpFilter { link } => format!("set rp_filter of {link} to 2"),
+        Action::RestoreRpFilter { link } => format!("restore rp_filter of {link}"),
+    }
+}
+
+fn family_name(family: crate::device::Family) -> &'static str {
+    match family {
+        crate::device::Family::V4 => "IPv4",
+        crate::device::Family::V6 => "IPv6",
+    }
+}
