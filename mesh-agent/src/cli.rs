@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use mesh_common::config::{ClusterId, DEFAULT_CONFIG_FILE, LogFormat, Pin, ServerEndpoint};
 
-use crate::options::{RunOptions, RunSettings};
+use crate::settings::{RunOptions, Settings};
 use crate::status::Show;
 
 mod cluster;
@@ -213,7 +213,7 @@ impl Global {
     }
 
     /// The settings for talking to a running agent, also when the configuration cannot be read.
-    fn settings(&self) -> RunSettings {
+    fn settings(&self) -> Settings {
         let config = config_file::read(&self.config).ok().flatten().map(|read| read.config);
         self.options().settings(&config.unwrap_or_default())
     }
