@@ -13,6 +13,7 @@ use super::{ApplyError, Netlink, doing, link, nft, routes, rules};
 
 /// What a cleanup did, for a human.
 #[derive(Debug, Default)]
+#[must_use = "tell what could not be removed"]
 pub struct CleanupReport {
     pub removed: Vec<String>,
     /// What could not be removed, and why.
