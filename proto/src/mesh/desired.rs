@@ -57,7 +57,14 @@ impl Inputs<'_> {
             listen_port: self.settings.listen_port,
             addresses: addresses.into_iter().flatten().map(IpNet::from).collect(),
         };
-        Desired { link: Some(link), peers, routes, rules: Family::ALL.into(), loose_rp_filter: self.loose_rp_filter() }
+        Desired {
+            link: Some(link),
+            peers,
+            routes,
+            rules: Family::ALL.into(),
+            loose_rp_filter: self.loose_rp_filter(),
+            mss_clamp: true,
+        }
     }
 
     fn add_routes(&self, routes: &mut BTreeSet<Route>, prefixes: &BTreeSet<IpNet>, down: bool) {
