@@ -250,4 +250,3 @@ fn block_on<T>(conversation: impl Future<Output = T>) -> io::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(conversation))
 }
-

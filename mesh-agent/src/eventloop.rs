@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use mesh_common::config::Config;
+use mesh_common::host_name::HostName;
 use mesh_common::key::ClusterSecret;
 use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
@@ -50,6 +51,7 @@ pub struct Node<'a> {
     config: Config,
     secret: ClusterSecret,
     servers: Vec<ServerAddress>,
+    host_name: HostName,
     agent: Agent,
     engine: Engine<BoringTunnels, Tun, UdpSockets>,
     host: HostDevice,
@@ -80,6 +82,7 @@ impl<'a> Node<'a> {
     /// Opens everything a node needs; fails with what is missing before anything is announced.
     pub async fn start(config: Config, state: &'a mut State) -> anyhow::Result<Self> {
         let settings = node_settings::load(&config).await?;
+        let host_name = settings.host_name.clone();
         let secret = secrets::cluster_secret(&config.cluster.secret)?;
         let sockets = UdpSockets::bind(settings.listen_port, FWMARK)?;
         let mut host = HostDevice::new(&settings.link_name, state.dir())?;
@@ -118,6 +121,7 @@ impl<'a> Node<'a> {
         );
         Ok(Self {
             servers: node_settings::servers(&config),
+            host_name,
             config,
             secret,
             agent,
@@ -377,15 +381,8 @@ impl<'a> Node<'a> {
 
     /// Takes a new configuration. What cannot change in place (cluster, interface, port) takes the node down and up again.
     async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) {
-        let respond = |result: Result<(), String>| {
-            if let Err(error) = &result {
-                tracing::warn!("the new configuration is not in force: {error}");
-            }
-            // The asker may have gone.
-            let _gone = answer.map(|answer| answer.send(result));
-        };
         if self.leaving.is_some() {
-            return respond(Err("the node is leaving: try again in a moment".to_owned()));
+            return respond(answer, Err("the node is leaving: try again in a moment".to_owned()));
         }
         if !config.mesh.enabled {
             self.start_leaving(config, answer);
@@ -394,18 +391,19 @@ impl<'a> Node<'a> {
         let loaded = node_settings::load(&config).await;
         let secret = secrets::cluster_secret(&config.cluster.secret);
         match (loaded, secret) {
-            (Err(error), _) => respond(Err(format!("{error:#}"))),
-            (_, Err(error)) => respond(Err(error.to_string())),
+            (Err(error), _) => respond(answer, Err(format!("{error:#}"))),
+            (_, Err(error)) => respond(answer, Err(error.to_string())),
             (Ok(_), Ok(secret)) if self.needs_restart(&config, &secret) => {
                 tracing::info!("the new configuration changes cluster, interface or port: leaving and coming back");
                 self.start_leaving(config, answer);
             }
             (Ok(settings), Ok(_)) => {
                 self.servers = node_settings::servers(&config);
+                self.host_name = settings.host_name.clone();
                 self.config = *config;
                 self.agent.handle_settings(settings, clock::now());
                 tracing::info!("the new configuration is in force");
-                respond(Ok(()));
+                respond(answer, Ok(()));
             }
         }
     }
@@ -454,8 +452,18 @@ impl<'a> Node<'a> {
             started_at_ms: self.started_at_ms,
             is_ready: self.ready,
             host_problem: self.host_problem.as_deref(),
+            host_name: self.host_name.as_str(),
             is_state_dir_failing: self.store_failed,
             now: clock::now(),
         })
     }
+}
+
+/// Tells whoever asked, and the log.
+fn respond(answer: Option<Answer>, result: Result<(), String>) {
+    if let Err(error) = &result {
+        tracing::warn!("the new configuration is not in force: {error}");
+    }
+    // The asker may have gone.
+    let _gone = answer.map(|answer| answer.send(result));
 }

@@ -9,9 +9,10 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub mod fill;
 mod table;
 
-pub use table::Show;
+pub use table::{Show, peer_details, peers_table};
 
 /// The version of this schema: fields are added, never renamed or removed, within one version.
 pub const API_VERSION: &str = "meshspan/v1";

@@ -6,9 +6,9 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::{ClusterId, Config, DiscoveryServer, SecretSource};
 use super::error::{ConfigError, ConfigErrors};
 use super::tree::{Node, Value, parse};
+use super::{ClusterId, Config, DiscoveryServer, SecretSource};
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EditError {

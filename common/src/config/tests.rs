@@ -324,10 +324,15 @@ fn a_cluster_is_put_in_place_of_the_one_before() {
     );
     for (text, expected) in [
         ("", "Smesh:\n  enabled: true\n"),
-        ("# mine\nmesh:\n  # one\n  enabled: false\n  mtu: 1400", "# mine\nmesh:\n  # one\n  enabled: true\n  mtu: 1400\nS"),
+        (
+            "# mine\nmesh:\n  # one\n  enabled: false\n  mtu: 1400",
+            "# mine\nmesh:\n  # one\n  enabled: true\n  mtu: 1400\nS",
+        ),
         ("mesh: { enabled: true }\n", "mesh: { enabled: true }\nS"),
         (
-            &format!("# 1\ndiscovery:\n  - endpoint: https://old:1\n    pin: {PIN}\n\n# 2\nmesh:\n  enabled: true\n# 3\ncluster: {{ id: old }}\n# 4\n"),
+            &format!(
+                "# 1\ndiscovery:\n  - endpoint: https://old:1\n    pin: {PIN}\n\n# 2\nmesh:\n  enabled: true\n# 3\ncluster: {{ id: old }}\n# 4\n"
+            ),
             "# 1\n\n# 2\nmesh:\n  enabled: true\n# 3\n# 4\nS",
         ),
     ] {

@@ -43,7 +43,9 @@ async fn call(socket: &Path, method: Method, path: &str) -> Result<Bytes, ApiErr
 
 async fn exchange(socket: &Path, method: Method, path: &str) -> Result<Bytes, ApiError> {
     let stream = UnixStream::connect(socket).await.map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ApiError::NotRunning { socket: socket.to_owned() },
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            ApiError::NotRunning { socket: socket.to_owned() }
+        }
         io::ErrorKind::PermissionDenied => ApiError::Permission { socket: socket.to_owned() },
         _ => ApiError::Io { socket: socket.to_owned(), source },
     })?;

@@ -24,7 +24,10 @@ pub(super) fn peers(global: &Global, name: Option<&str>) -> anyhow::Result<u8> {
     };
     if let (Some(name), true) = (name, peers.is_empty()) {
         let known: Vec<&str> = status.peers.iter().map(|peer| peer.host_name.as_str()).collect();
-        bail!("no peer is called {name}; the peers are: {}", if known.is_empty() { "none".to_owned() } else { known.join(", ") });
+        bail!(
+            "no peer is called {name}; the peers are: {}",
+            if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+        );
     }
     print(&match global.output {
         Some(Output::Json) => to_json(&peers)?,

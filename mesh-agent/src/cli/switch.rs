@@ -20,7 +20,9 @@ pub(super) fn up(global: &Global) -> anyhow::Result<u8> {
     let said = if changed { "mesh.enabled is true now" } else { "mesh.enabled is true already" };
     match block_on(client::reload(&global.settings().socket))? {
         Ok(()) => print(&format!("{said}, the agent applied it\n")),
-        Err(ApiError::NotRunning { .. }) => print(&format!("{said}; no agent is running, it applies when one starts\n")),
+        Err(ApiError::NotRunning { .. }) => {
+            print(&format!("{said}; no agent is running, it applies when one starts\n"))
+        }
         Err(error) => Err(error).with_context(|| format!("{said}, but the agent did not apply it")),
     }
 }
@@ -44,7 +46,8 @@ pub(super) fn leave(global: &Global) -> anyhow::Result<u8> {
     set_enabled(&read.text, false)?;
     block_on(client::leave(&socket))?.context("leaving needs the running agent, which tells the members")?;
     write_enabled(global, false)?;
-    block_on(turn_off(&socket))?.context("the members know and mesh.enabled is false, but the agent did not apply it")?;
+    block_on(turn_off(&socket))?
+        .context("the members know and mesh.enabled is false, but the agent did not apply it")?;
     print("this node left: the members know, mesh.enabled is false, and nothing is left on the host\n")
 }
 
@@ -56,8 +59,14 @@ pub(super) fn cleanup(global: &Global) -> anyhow::Result<u8> {
     }
     let config = config_file::read(&global.config)?.map(|read| read.config).unwrap_or_default();
     let link = config.mesh.interface_name;
-    block_on(crate::device::cleanup(link.as_str(), &settings.state_dir))??;
-    print(&format!("nothing of {link} is left on this host\n"))
+    let report = block_on(crate::device::cleanup(link.as_str(), &settings.state_dir))??;
+    for removed in &report.removed {
+        print(&format!("removed {removed}\n"))?;
+    }
+    if !report.failed.is_empty() {
+        bail!("not all could be removed:\n  {}", report.failed.join("\n  "));
+    }
+    print("nothing of the mesh is left on this host\n")
 }
 
 /// Sets the boolean in the configuration file; whether that changed anything.

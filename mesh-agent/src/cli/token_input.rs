@@ -37,7 +37,8 @@ pub(super) fn refuse_tokens_in(arguments: &[OsString]) -> Result<(), UsageError>
 pub(super) fn read(file: Option<&Path>, what: &str) -> anyhow::Result<Zeroizing<String>> {
     match file {
         Some(file) if file != Path::new("-") => {
-            let opened = File::open(file).with_context(|| format!("the token file {} cannot be read", file.display()))?;
+            let opened =
+                File::open(file).with_context(|| format!("the token file {} cannot be read", file.display()))?;
             text_of(opened).with_context(|| format!("the token file {} cannot be read", file.display()))
         }
         None if io::stdin().is_terminal() => prompt(what),

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use comfy_table::{Cell, Color, Table, presets};
 
-use super::{NodeState, PeerState, PeerStatus, PrefixState, ServerState, Status};
+use super::{PeerState, PeerStatus, PrefixState, ServerState, Status};
 
 /// How tables are shown.
 #[derive(Debug, Clone, Copy)]

@@ -39,7 +39,11 @@ pub(crate) fn example() -> Status {
             endpoint: Some("203.0.113.9:51872".parse().unwrap()),
             candidates: vec!["203.0.113.9:51872".parse().unwrap()],
             prefixes: vec![
-                PrefixStatus { prefix: "10.1.0.0/24".parse().unwrap(), state: PrefixState::Routed, detail: String::new() },
+                PrefixStatus {
+                    prefix: "10.1.0.0/24".parse().unwrap(),
+                    state: PrefixState::Routed,
+                    detail: String::new(),
+                },
                 PrefixStatus {
                     prefix: "192.168.1.9/32".parse().unwrap(),
                     state: PrefixState::LocalOverlap,
