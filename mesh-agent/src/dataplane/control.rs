@@ -59,8 +59,9 @@ impl Outbox {
         true
     }
 
-    /// Runs the timers of a tunnel.
-    pub(super) fn handle_timeout<T, D, S>(&mut self, shared: &Shared<T, D, S>, peer: &Peer<T>, now: Instant)
+    /// Runs the timers of a tunnel. A handshake that they begin because the peer fell silent is told to control, which may
+    /// know other endpoints.
+    pub(super) fn handle_timeout<T, D, S>(&mut self, shared: &Shared<T, D, S>, peer: &Arc<Peer<T>>, now: Instant)
     where
         T: Tunnel + 'static,
         D: PacketDevice,
@@ -75,6 +76,9 @@ impl Outbox {
             self.datagrams.push_each(len, path.data_target());
         } else {
             self.datagrams.push_each(len, path.handshake_targets());
+            if peer.is_silent(now) && peer.note_demand(now) {
+                shared.control.report(peer);
+            }
         }
         drop(tunnel);
         self.send(shared);

@@ -64,7 +64,7 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
     /// data threads see it after [`Self::publish`].
     pub fn set_peer(&mut self, key: WgPublicKey, spec: PeerSpec) {
         let (factory, now) = (&self.factory, self.shared.now());
-        let make = |index| factory.make(&key, &spec.clone(), index, now);
+        let make = |index| factory.make(&key, &spec, index, now);
         let changed = self.peers.set(key, spec.clone(), make);
         self.changed(changed);
     }

@@ -180,11 +180,11 @@ pub(super) fn flush<T: Tunnel>(
     now: Instant,
 ) {
     let (mut packets, mut bytes) = (0, 0);
-    while let Some(datagram) = flushed.spare(MAX_PACKET + 1).and_then(|spare| tunnel.flush(spare, now)) {
+    while let Some(datagram) = flushed.spare(MAX_PACKET + OVERHEAD).and_then(|spare| tunnel.flush(spare, now)) {
         let len = datagram.len();
         flushed.push(len, target);
         packets += 1;
         bytes += len.saturating_sub(OVERHEAD) as u64;
     }
-    peer.count_sent(packets, bytes);
+    peer.count_sent(packets, bytes, now);
 }

@@ -141,7 +141,7 @@ fn seal_all<'p, T, D, S>(
     }
     drop(tunnel);
     peer.used(now);
-    peer.count_sent(sent, bytes);
+    peer.count_sent(sent, bytes, now);
     if demand && peer.note_demand(now) {
         shared.control.report(peer);
     }

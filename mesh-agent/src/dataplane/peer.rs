@@ -16,6 +16,8 @@ use mesh_proto::wg::Tunnel;
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// A tunnel with nothing to do for this long needs no timers: three times a session's life, when its keys are erased.
 const TIMERS_AFTER_USE: Duration = Duration::from_secs(3 * 180 + 5);
+/// WireGuard answers data within 10 s, with an empty packet if there is nothing to say.
+const SILENCE: Duration = Duration::from_secs(12);
 
 #[derive(Debug)]
 pub(super) struct Peer<T> {
@@ -71,6 +73,8 @@ pub(super) struct Counters {
     last_rx: Moment,
     /// When the tunnel last did anything.
     last_used: Moment,
+    /// Since when packets went out and nothing authentic came back.
+    unanswered: Moment,
 }
 
 /// An instant that threads share; the latest wins.
@@ -85,8 +89,26 @@ impl Moment {
 
     /// True when `at` is later than what was there.
     fn advance(&self, at: Instant) -> bool {
-        let stored = u64::try_from(at.since_origin().as_nanos()).unwrap_or(u64::MAX).saturating_add(1);
+        let stored = Self::stored(at);
         self.0.fetch_max(stored, Ordering::Relaxed) < stored
+    }
+
+    /// Sets it unless it is set.
+    fn begin(&self, at: Instant) {
+        if self.0.load(Ordering::Relaxed) == 0 {
+            self.0.store(Self::stored(at), Ordering::Relaxed);
+        }
+    }
+
+    fn clear(&self) {
+        if self.0.load(Ordering::Relaxed) != 0 {
+            self.0.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// 0 is "never".
+    fn stored(at: Instant) -> u64 {
+        u64::try_from(at.since_origin().as_nanos()).unwrap_or(u64::MAX).saturating_add(1)
     }
 }
 
@@ -138,7 +160,10 @@ impl<T: Tunnel> Peer<T> {
         self.counters.last_used.advance(now);
     }
 
-    pub(super) fn count_sent(&self, packets: u64, bytes: u64) {
+    pub(super) fn count_sent(&self, packets: u64, bytes: u64, now: Instant) {
+        if packets > 0 {
+            self.counters.unanswered.begin(now);
+        }
         self.counters.tx_packets.fetch_add(packets, Ordering::Relaxed);
         self.counters.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
@@ -148,6 +173,12 @@ impl<T: Tunnel> Peer<T> {
         self.counters.rx_packets.fetch_add(packets, Ordering::Relaxed);
         self.counters.rx_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.counters.last_rx.advance(now);
+        self.counters.unanswered.clear();
+    }
+
+    /// Packets go out on a session and the peer, which would have answered by now if only to keep alive, says nothing.
+    pub(super) fn is_silent(&self, now: Instant) -> bool {
+        self.counters.unanswered.get().is_some_and(|since| now.since(since) >= SILENCE)
     }
 
     pub(super) fn count_foreign_source(&self) {

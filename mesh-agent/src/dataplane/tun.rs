@@ -147,6 +147,8 @@ fn attach(file: &File, name: &str) -> Result<(), Errno> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
     use super::*;
 
     #[test]
@@ -156,18 +158,38 @@ mod tests {
         }
     }
 
+    /// A link of the test's own, or why there is none.
+    fn create(test: &str, name: &str) -> Option<Tun> {
+        match Tun::create(name) {
+            Ok(tun) => Some(tun),
+            Err(error @ (TunError::NoDevice(_) | TunError::DeviceForbidden(_) | TunError::NotPermitted { .. })) => {
+                assert!(std::env::var_os("MESHSPAN_STRICT").is_none_or(|strict| strict != "1"), "{error}");
+                println!("SKIPPED {test}: sudo -E cargo test -p mesh-agent ({error})");
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn a_deleted_link_ends_reading() {
+        let name = format!("msdel{}", std::process::id() % 100_000);
+        let Some(tun) = create("a_deleted_link_ends_reading", &name) else { return };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+            tokio::spawn(connection);
+            handle.link().del(tun.index()).execute().await.unwrap();
+        });
+        let mut polled = [PollFd::new(tun.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut polled, PollTimeout::from(5000u16)).unwrap(), 1, "whoever waits is woken");
+        assert!(tun.read(&mut Packed::new(MAX_PACKET)).is_err(), "and told");
+    }
+
     #[test]
     fn a_link_lives_as_long_as_its_descriptor_and_is_not_shared() {
         let name = format!("mstun{}", std::process::id() % 100_000);
-        let tun = match Tun::create(&name) {
-            Ok(tun) => tun,
-            Err(error @ (TunError::NoDevice(_) | TunError::DeviceForbidden(_) | TunError::NotPermitted { .. })) => {
-                assert!(std::env::var_os("MESHSPAN_STRICT").is_none_or(|strict| strict != "1"), "{error}");
-                println!("SKIPPED a_link_lives_as_long_as_its_descriptor: sudo -E cargo test -p mesh-agent");
-                return;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let Some(tun) = create("a_link_lives_as_long_as_its_descriptor_and_is_not_shared", &name) else { return };
         assert_eq!(if_nametoindex(&*name).unwrap(), tun.index());
         let second = Tun::create(&name).unwrap_err();
         assert!(matches!(second, TunError::Busy { .. }), "{second}");

@@ -9,6 +9,7 @@ use mesh_proto::wire::demux::PROBE;
 use super::*;
 use crate::dataplane::inner::tests::packet;
 use crate::dataplane::memory::{HostLink, MemoryNet, MemorySocket, MemoryTun, link};
+use crate::dataplane::peer::{Path, Peer};
 use crate::dataplane::shared::CONTROL_QUEUE;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -412,6 +413,21 @@ fn timers_repeat_an_initiation_that_got_lost_and_idle_peers_are_left_alone() {
         silent.next().is_some_and(|(_, datagram)| datagram.len() == 148)
     });
     assert!(silent.next().is_none(), "one peer, one initiation");
+}
+
+#[test]
+fn a_peer_is_silent_when_packets_stay_unanswered_for_longer_than_a_keepalive_takes() {
+    let tunnel = BoringTunnels::new(&WgSecret::from_seed(&[1; 32]));
+    let key = WgSecret::from_seed(&[2; 32]).public();
+    let at = |seconds| Instant::from_origin(Duration::from_secs(seconds));
+    let peer = Peer::new(key, 1, tunnel.make(&key, &spec(2), 1, at(0)), false, Path::default());
+    assert!(!peer.is_silent(at(1000)), "nobody wants anything");
+    peer.count_sent(1, 60, at(1000));
+    peer.count_sent(1, 60, at(1011));
+    assert!(!peer.is_silent(at(1011)));
+    assert!(peer.is_silent(at(1012)), "since the first unanswered packet");
+    peer.count_received(0, 0, at(1012));
+    assert!(!peer.is_silent(at(1013)), "a keepalive is an answer");
 }
 
 #[test]
