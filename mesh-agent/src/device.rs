@@ -83,6 +83,17 @@ pub enum ApplyError {
     Loosened(#[from] LoosenedError),
 }
 
+impl ApplyError {
+    /// The link is not on the host: it was deleted, or never made.
+    pub fn is_missing_link(&self) -> bool {
+        match self {
+            Self::NoLink { .. } => true,
+            Self::Kernel { source, .. } => source.raw_os_error() == Some(libc::ENODEV),
+            _ => false,
+        }
+    }
+}
+
 /// Reads and changes the host's network configuration in the network namespace of the thread that made it.
 #[derive(Debug)]
 pub struct HostDevice {

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use mesh_common::config::Config;
 use mesh_common::host_name::HostName;
 use mesh_common::key::ClusterSecret;
@@ -150,6 +150,9 @@ impl<'a> Node<'a> {
             if self.drain(services).await {
                 return self.leave();
             }
+            if !self.engine.is_running() {
+                bail!("a thread of the data plane died, which is a bug: the log above says where");
+            }
             let (wake_at, _why) = self.next_wake();
             tokio::select! {
                 wish = services.next() => {
@@ -261,6 +264,10 @@ impl<'a> Node<'a> {
         let mut failures = Vec::new();
         let first = steps.first().cloned();
         for step in steps {
+            if !matches!(step, Action::SetPeer(..) | Action::RemovePeer(_)) {
+                // Many peers are one snapshot for the data threads; before a packet can be routed to them.
+                self.engine.publish();
+            }
             if let Err(error) = self.apply_step(&step).await {
                 let not_permitted = matches!(error.downcast_ref(), Some(ApplyError::NotPermitted { .. }));
                 failures.push((step, StepError { text: format!("{error:#}"), not_permitted }));
@@ -295,14 +302,17 @@ impl<'a> Node<'a> {
 
     /// The TUN that was opened at the start is used first; one that was deleted is opened anew.
     async fn create_link(&mut self, link: &Link) -> anyhow::Result<()> {
-        if self.engine.link_lost() || self.observed.link.is_none() && self.ready {
-            let tun = Tun::create(&link.name)?;
-            self.host.set_link(Some(tun.index()), link.listen_port);
-            self.engine.replace_tun(tun);
-            self.link_lost = false;
+        if !self.engine.link_lost() {
+            match self.host.configure_link(link).await {
+                Err(error) if error.is_missing_link() => {}
+                other => return Ok(other?),
+            }
         }
-        self.host.configure_link(link).await?;
-        Ok(())
+        let tun = Tun::create(&link.name)?;
+        self.host.set_link(Some(tun.index()), link.listen_port);
+        self.engine.replace_tun(tun);
+        self.link_lost = false;
+        Ok(self.host.configure_link(link).await?)
     }
 
     async fn observe(&mut self) -> Option<Observed> {
@@ -381,8 +391,11 @@ impl<'a> Node<'a> {
 
     /// Takes a new configuration. What cannot change in place (cluster, interface, port) takes the node down and up again.
     async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) {
-        if self.leaving.is_some() {
-            return respond(answer, Err("the node is leaving: try again in a moment".to_owned()));
+        if let Some(leaving) = &mut self.leaving {
+            // The newest configuration is the one to go on with, on or off.
+            leaving.config = config;
+            leaving.waiting.extend(answer);
+            return;
         }
         if !config.mesh.enabled {
             self.start_leaving(config, answer);

@@ -80,7 +80,8 @@ pub struct PeerSpec {
     pub preshared_key: Option<PresharedKey>,
     pub allowed_ips: BTreeSet<IpNet>,
     pub keepalive: Option<Duration>,
-    /// Changes when the peer's agent restarted: its tunnel is made anew, so that a clock that went back cannot lock it out.
+    /// Another number asks for another tunnel: after a restart of the peer's agent, so that a clock that went back cannot
+    /// lock it out.
     pub generation: u64,
 }
 
