@@ -23,7 +23,7 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize, Serializer};
 
-pub use edit::{EditError, set_enabled};
+pub use edit::{EditError, set_cluster, set_enabled};
 pub use error::{ConfigError, ConfigErrors, Place};
 pub use values::{ClusterId, EndpointFilter, ExpectedValue, FilterEntry, HostPort, InterfaceName, Pin, ServerEndpoint};
 
@@ -41,7 +41,7 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/meshspan";
 pub const DEFAULT_SOCKET: &str = "/run/meshspan/agent.sock";
 
 /// A valid configuration with every default filled in. Serializes to the same keys it is read from, secrets hidden.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Config {
     pub mesh: Mesh,
     pub cluster: Cluster,
@@ -155,7 +155,7 @@ pub struct StaticPeer {
 }
 
 /// The section `cluster`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Cluster {
     /// Never `None` while the mesh is enabled.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -174,6 +174,12 @@ pub enum SecretSource {
     /// `cluster.secret`, the secret itself, as Talos has it.
     #[serde(rename = "secret", serialize_with = "hidden")]
     Inline(ClusterSecret),
+}
+
+impl Default for SecretSource {
+    fn default() -> Self {
+        Self::File(DEFAULT_SECRET_FILE.into())
+    }
 }
 
 /// One entry of `discovery`.

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::env;
-use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mesh_common::config::HostPort;
 use mesh_common::id::Namespace;
 use mesh_common::limits::{MAX_CONNECTIONS, SLOT_TTL};
 
@@ -46,7 +46,7 @@ pub(crate) struct IdentityArgs {
     pub(crate) listen: Option<SocketAddr>,
     /// Where agents find this server, when that is not the address it listens on
     #[arg(long, global = true, value_name = "HOST:PORT")]
-    pub(crate) advertise: Option<Advertised>,
+    pub(crate) advertise: Option<HostPort>,
     /// Where the TLS key is kept [default: /var/lib/meshspan-discovery, or what systemd gives]
     #[arg(long, global = true, value_name = "DIR", conflicts_with = "tls_key")]
     state_dir: Option<PathBuf>,
@@ -95,10 +95,6 @@ pub(crate) enum LogFormat {
     Json,
 }
 
-/// A host and a port as agents write them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Advertised(String);
-
 impl IdentityArgs {
     pub(crate) fn key_source(&self) -> KeySource {
         match (&self.tls_cert, &self.tls_key) {
@@ -123,34 +119,6 @@ impl ServeArgs {
 
     pub(crate) fn max_connections(&self) -> usize {
         usize::try_from(self.max_connections).expect("at most a million")
-    }
-}
-
-impl fmt::Display for Advertised {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl From<SocketAddr> for Advertised {
-    fn from(address: SocketAddr) -> Self {
-        Self(address.to_string())
-    }
-}
-
-impl std::str::FromStr for Advertised {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = || format!("{text:?} is no host with a port, such as disc.example:7443 or [2001:db8::1]:7443");
-        let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
-        let port: u16 = port.parse().ok().filter(|port| *port != 0).ok_or_else(wrong)?;
-        let bracketed = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
-        let valid = match bracketed {
-            Some(inner) => inner.parse::<std::net::Ipv6Addr>().is_ok(),
-            None => is_host(host),
-        };
-        if valid { Ok(Self(format!("{host}:{port}"))) } else { Err(wrong()) }
     }
 }
 
@@ -180,11 +148,11 @@ fn parse_stun(text: &str) -> Result<Stun, String> {
 }
 
 fn parse_own_name(text: &str) -> Result<String, String> {
-    if is_host(text) {
-        Ok(text.to_ascii_lowercase())
-    } else {
-        Err(format!("{text:?} is no host name; give it without scheme and port, such as disc.example"))
-    }
+    // The name of a host is what may stand before a port.
+    format!("{text}:1")
+        .parse::<HostPort>()
+        .map(|valid| valid.host)
+        .map_err(|_| format!("{text:?} is no host name; give it without scheme and port, such as disc.example"))
 }
 
 fn parse_ttl(text: &str) -> Result<Duration, String> {
@@ -199,19 +167,6 @@ fn parse_ttl(text: &str) -> Result<Duration, String> {
     };
     let time = number.checked_mul(unit).map(Duration::from_secs).ok_or_else(wrong)?;
     if TTL_RANGE.contains(&time) { Ok(time) } else { Err(wrong()) }
-}
-
-/// A host name or an IPv4 address.
-fn is_host(text: &str) -> bool {
-    !text.is_empty()
-        && text.len() <= 253
-        && text.split('.').all(|label| {
-            !label.is_empty()
-                && label.len() <= 63
-                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-        })
 }
 
 #[cfg(test)]
@@ -241,9 +196,9 @@ mod tests {
             ("--own-name", "https://a.example", "disc.example"),
             ("--own-name", "a.example:443", "disc.example"),
             ("--max-connections", "0", "1..="),
-            ("--advertise", "a.example", "disc.example:7443"),
-            ("--advertise", "2001:db8::1:7443", "[2001:db8::1]:7443"),
-            ("--advertise", "a.example:0", "disc.example:7443"),
+            ("--advertise", "a.example", "host:port"),
+            ("--advertise", "2001:db8::1:7443", "brackets"),
+            ("--advertise", "a.example:0", "host:port"),
             ("--log-format", "xml", "json"),
         ] {
             let error = Cli::try_parse_from(["discovery-server", flag, value]).unwrap_err();

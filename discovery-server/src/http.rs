@@ -127,8 +127,7 @@ fn http1() -> hyper::server::conn::http1::Builder {
         .timer(TokioTimer::new())
         .header_read_timeout(REQUEST_TIMEOUT)
         .max_buf_size(MAX_HEAD)
-        .max_headers(MAX_HEADERS)
-        .keep_alive(false);
+        .max_headers(MAX_HEADERS);
     builder
 }
 
@@ -255,6 +254,7 @@ fn health_page(request: &Request<Incoming>, health: &Health) -> Response<Full<By
 fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }

@@ -20,12 +20,14 @@ mod metrics;
 mod quic;
 mod serve;
 mod socket;
+mod stun;
 mod tls;
+mod token;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command {
-        Some(Command::Token) => Ok(()),
+        Some(Command::Token) => token::print(&cli.identity),
         None => {
             log_to_stderr(cli.serve.log_format);
             serve::run(&cli.identity, &cli.serve)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use mesh_common::config::HostPort;
 use mesh_common::limits::{MAX_NAMESPACES, MAX_SLOTS_PER_NAMESPACE};
 use mesh_proto::discovery::server::{Server, ServerConfig};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -16,12 +17,12 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info, warn};
 
-use crate::config::{Advertised, IdentityArgs, STUN_PORT, ServeArgs, Stun};
+use crate::config::{IdentityArgs, STUN_PORT, ServeArgs, Stun};
 use crate::gate::Gate;
 use crate::hub::Hub;
 use crate::metrics::{Health, StunCounters};
 use crate::tls::Identity;
-use crate::{http, quic, socket};
+use crate::{http, quic, socket, stun};
 
 /// Clients asked to leave come back spread over this.
 const RETURN_SPREAD: Duration = Duration::from_secs(5);
@@ -41,13 +42,13 @@ pub(crate) fn run(identity: &IdentityArgs, args: &ServeArgs) -> anyhow::Result<(
 }
 
 /// Where agents find a server that listens on this address.
-pub(crate) fn advertised(given: Option<&Advertised>, listens: SocketAddr) -> Advertised {
+pub(crate) fn advertised(given: Option<&HostPort>, listens: SocketAddr) -> HostPort {
     if let Some(given) = given {
         return given.clone();
     }
     let ip =
         if listens.ip().is_unspecified() { socket::reachable_address().unwrap_or(listens.ip()) } else { listens.ip() };
-    SocketAddr::new(ip, listens.port()).into()
+    HostPort { host: ip.to_string(), port: listens.port() }
 }
 
 async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> anyhow::Result<()> {
@@ -79,7 +80,7 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
     doors.spawn(quic::accept(endpoint.clone(), hub.clone(), gate.clone()));
     doors.spawn(http::accept_sessions(listener, acceptor, hub.clone(), gate));
     if let Some(sockets) = stun_sockets {
-        let _ = (sockets, &counters);
+        doors.spawn(stun::serve(stun::open(sockets)?, counters));
     }
     let mut house = JoinSet::new();
     house.spawn({
@@ -95,17 +96,14 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
         house.spawn(feed_watchdog(interval / 2, hub.clone()));
     }
 
-    announce(&format!(
-        "endpoint=https://{}\npin={}\n",
-        advertised(identity.advertise.as_ref(), pair.address),
-        tls.pin()
-    ));
+    let pin = tls.pin().to_string();
+    announce(&format!("endpoint=https://{}\npin={pin}\n", advertised(identity.advertise.as_ref(), pair.address)));
     let open = args.only_namespaces().is_empty();
     info!(
         listen = %pair.address,
         stun = ?stun_ports,
         http = %health_address.map_or_else(|| "off".to_owned(), |address| address.to_string()),
-        pin = tls.pin(),
+        pin,
         access = if open { "open" } else { "closed" },
         version = env!("CARGO_PKG_VERSION"),
         "started"

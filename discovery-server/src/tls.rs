@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use data_encoding::HEXLOWER;
+use mesh_common::config::Pin;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -56,7 +56,7 @@ pub(crate) enum IdentityError {
 pub(crate) struct Identity {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
-    pin: [u8; 32],
+    pin: Pin,
 }
 
 impl Identity {
@@ -92,9 +92,8 @@ impl Identity {
         }
     }
 
-    /// `sha256:` and 64 hex digits.
-    pub(crate) fn pin(&self) -> String {
-        format!("sha256:{}", HEXLOWER.encode(&self.pin))
+    pub(crate) fn pin(&self) -> Pin {
+        self.pin
     }
 
     /// TLS for the TCP port: HTTP/1.1 inside.
@@ -152,9 +151,9 @@ impl Identity {
     }
 }
 
-fn pin_of(certificate: &CertificateDer<'_>) -> Result<[u8; 32], rustls::Error> {
+fn pin_of(certificate: &CertificateDer<'_>) -> Result<Pin, rustls::Error> {
     let parsed = ParsedCertificate::try_from(certificate)?;
-    Ok(Sha256::digest(parsed.subject_public_key_info().as_ref()).into())
+    Ok(Pin(Sha256::digest(parsed.subject_public_key_info().as_ref()).into()))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use mesh_common::config::{DiscoveryServer, ServerEndpoint};
 use mesh_common::token::ServerToken;
 
 use crate::config::IdentityArgs;
@@ -28,11 +29,12 @@ pub(crate) fn print(args: &IdentityArgs) -> anyhow::Result<()> {
         args.advertise.is_some() || listens.port() != 0,
         "--listen with port 0 does not say where the server is: use the line `endpoint=` it printed with --advertise HOST:PORT"
     );
-    let token = ServerToken {
-        endpoints: vec![format!("https://{}", advertised(args.advertise.as_ref(), listens))],
-        pin: identity.pin(),
-    };
-    writeln!(io::stdout(), "{}", token.encode()).context("cannot write the token to standard output")
+    let endpoint = format!("https://{}", advertised(args.advertise.as_ref(), listens));
+    let endpoint: ServerEndpoint = endpoint
+        .parse()
+        .with_context(|| format!("{endpoint} cannot be an endpoint: say another with --advertise HOST:PORT"))?;
+    let token = ServerToken { servers: vec![DiscoveryServer { endpoint, pin: identity.pin(), proxied: false }] };
+    writeln!(io::stdout(), "{}", token.to_text()).context("cannot write the token to standard output")
 }
 
 /// The default port that answers here. The later one first: a server takes it only when another program holds the first.

@@ -2,10 +2,20 @@
 //!
 //! A library so that `bench` and the tests of other crates can drive its parts; the binary only calls it.
 
+pub mod api;
+pub mod cli;
 pub mod clock;
+pub mod daemon;
+pub mod dataplane;
 pub mod device;
 pub mod durable;
+pub mod eventloop;
+pub mod http;
 pub mod io;
+pub mod logging;
+pub mod node_settings;
 pub mod secrets;
+pub mod services;
 pub mod settings;
 pub mod state;
+pub mod status;

@@ -1,84 +1,84 @@
-//! From the validated configuration to what the machine needs: files read, names resolved.
+//! Where things are for this run: the command line wins over the configuration, that over systemd's directories, those over
+//! the defaults.
 
-use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
-use mesh_common::config::{Config, HostPort};
-use mesh_common::host_name::HostName;
-use mesh_proto::mesh::settings::{ServerSettings, Settings, StaticPeer};
+use mesh_common::config::{Config, DEFAULT_SOCKET, DEFAULT_STATE_DIR, LogFormat};
 
-use crate::io::session::ServerAddress;
-use crate::secrets;
+/// What the command line said; `None` = nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunOptions {
+    pub config_file: PathBuf,
+    pub state_dir: Option<PathBuf>,
+    pub socket: Option<PathBuf>,
+    pub http: Option<SocketAddr>,
+    pub log_format: Option<LogFormat>,
+}
 
-/// Reads what the configuration points to. Fails with the key and the fix; nothing running is disturbed by that.
-pub async fn load(config: &Config) -> anyhow::Result<Settings> {
-    let mesh = &config.mesh;
-    let cluster_id = config.cluster.id.as_ref().context("cluster.id is missing: every node of a mesh has the same")?;
-    let mut static_peers = Vec::new();
-    for (place, peer) in mesh.static_peers.iter().enumerate() {
-        let endpoint = match &peer.endpoint {
-            Some(endpoint) => {
-                Some(resolve(endpoint).await.with_context(|| format!("mesh.staticPeers[{place}].endpoint"))?)
-            }
-            None => None,
+/// What holds in the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub state_dir: PathBuf,
+    pub socket: PathBuf,
+    /// `None` = no metrics and health over HTTP.
+    pub http: Option<SocketAddr>,
+    pub log_format: LogFormat,
+}
+
+impl RunOptions {
+    pub fn settings(&self, config: &Config) -> Settings {
+        self.settings_with(config, |name| std::env::var_os(name))
+    }
+
+    fn settings_with(&self, config: &Config, env: impl Fn(&str) -> Option<OsString>) -> Settings {
+        let agent = &config.agent;
+        let from_systemd = |name: &str| env(name).as_deref().and_then(first_path);
+        Settings {
+            state_dir: (self.state_dir.clone())
+                .or_else(|| agent.state_dir.clone())
+                .or_else(|| from_systemd("STATE_DIRECTORY"))
+                .unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+            socket: (self.socket.clone())
+                .or_else(|| agent.socket.clone())
+                .or_else(|| from_systemd("RUNTIME_DIRECTORY").map(|dir| dir.join("agent.sock")))
+                .unwrap_or_else(|| DEFAULT_SOCKET.into()),
+            http: self.http.or(agent.http),
+            log_format: self.log_format.or(agent.log_format).unwrap_or(LogFormat::Text),
+        }
+    }
+}
+
+/// The first of systemd's directories, which are joined by colons.
+fn first_path(list: &std::ffi::OsStr) -> Option<PathBuf> {
+    let list = list.to_str()?;
+    let first = Path::new(list.split(':').next()?);
+    first.is_absolute().then(|| first.to_owned())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_systemd() {
+        let mut options =
+            RunOptions { config_file: "/c".into(), state_dir: None, socket: None, http: None, log_format: None };
+        let none = |_: &str| None;
+        let systemd = |name: &str| (name == "STATE_DIRECTORY").then(|| "/systemd:/other".into());
+        let file = Config::parse("agent: { stateDir: /file, logFormat: json }").unwrap();
+        let empty = Config::parse("").unwrap();
+        let state_dir = |options: &RunOptions, config, env: &dyn Fn(&str) -> Option<OsString>| {
+            options.settings_with(config, env).state_dir
         };
-        let preshared_key = peer.preshared_key_file.as_deref().map(secrets::preshared_key).transpose()?;
-        static_peers.push(StaticPeer {
-            name: peer.name.as_ref().map_or_else(|| peer.public_key.to_string(), ToString::to_string),
-            public_key: peer.public_key,
-            endpoint,
-            allowed_ips: peer.allowed_ips.iter().map(ipnet::IpNet::trunc).collect::<BTreeSet<_>>(),
-            preshared_key,
-            keepalive: peer.keepalive,
-        });
+        assert_eq!(state_dir(&options, &empty, &none), Path::new("/var/lib/meshspan"));
+        assert_eq!(state_dir(&options, &empty, &systemd), Path::new("/systemd"));
+        assert_eq!(state_dir(&options, &file, &systemd), Path::new("/file"));
+        options.state_dir = Some("/flag".into());
+        assert_eq!(state_dir(&options, &file, &systemd), Path::new("/flag"));
+        assert_eq!(options.settings_with(&file, none).log_format, LogFormat::Json);
+        assert_eq!(options.settings_with(&empty, none).socket, Path::new("/run/meshspan/agent.sock"));
     }
-    Ok(Settings {
-        cluster_id: cluster_id.as_str().to_owned(),
-        host_name: host_name(config)?,
-        servers: config
-            .discovery
-            .iter()
-            .map(|server| ServerSettings { name: server.endpoint.authority().to_string(), proxied: server.proxied })
-            .collect(),
-        link_name: mesh.interface_name.as_str().to_owned(),
-        listen_port: mesh.listen_port,
-        mtu: mesh.mtu,
-        overlay_v4_pool: mesh.overlay_v4_pool,
-        prefixes: config.announced_prefixes(),
-        advertise_node_addresses: mesh.advertise_node_addresses,
-        endpoint_filter: mesh.filters.endpoints.clone(),
-        static_peers,
-        deny_nodes: mesh.deny_nodes.clone(),
-        allow_down_peer_bypass: mesh.allow_down_peer_bypass,
-        allow_wide_prefixes: mesh.allow_wide_prefixes,
-    })
-}
-
-/// The servers to dial, in the order of [`Settings::servers`].
-pub fn servers(config: &Config) -> Vec<ServerAddress> {
-    let address = |server: &mesh_common::config::DiscoveryServer| ServerAddress {
-        host: server.endpoint.host().to_owned(),
-        port: server.endpoint.port(),
-        pin: server.pin.0,
-    };
-    config.discovery.iter().map(address).collect()
-}
-
-fn host_name(config: &Config) -> anyhow::Result<HostName> {
-    if let Some(name) = &config.mesh.host_name {
-        return Ok(name.clone());
-    }
-    let system = nix::unistd::gethostname().context("cannot read this machine's host name: set mesh.hostName")?;
-    let system = system.to_string_lossy();
-    HostName::from_system(&system)
-        .with_context(|| format!("this machine is called {system:?}, which peers cannot show: set mesh.hostName"))
-}
-
-async fn resolve(endpoint: &HostPort) -> anyhow::Result<SocketAddr> {
-    let found = tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port)).await;
-    let Some(addr) = found.with_context(|| format!("{endpoint} does not resolve"))?.next() else {
-        bail!("{endpoint} has no address");
-    };
-    Ok(addr)
 }

@@ -11,8 +11,8 @@ use super::scalar::{Reader, Section, Setting};
 use super::tree::{Node, Value, parse as parse_tree};
 use super::values::{ExpectedValue, parse_keepalive};
 use super::{
-    AgentSettings, ClusterId, Config, DEFAULT_SECRET_FILE, DiscoveryServer, EndpointFilter, FilterEntry, InterfaceName,
-    LogFormat, Mesh, SecretSource, StaticPeer,
+    AgentSettings, ClusterId, Config, DiscoveryServer, EndpointFilter, FilterEntry, InterfaceName, LogFormat, Mesh,
+    SecretSource, StaticPeer,
 };
 use crate::addr::check_prefix;
 use crate::host_name::HostName;
@@ -267,7 +267,7 @@ impl Draft {
             mesh,
             cluster: super::Cluster {
                 id: self.cluster_id.map(value),
-                secret: self.secret.map_or_else(|| SecretSource::File(DEFAULT_SECRET_FILE.into()), value),
+                secret: self.secret.map(value).unwrap_or_default(),
             },
             discovery,
             agent: AgentSettings {

@@ -314,3 +314,31 @@ fn an_edit_that_would_not_give_a_valid_configuration_gives_nothing() {
     );
     assert_eq!(set_enabled(&shared, false), Err(EditError::ByHand(false)));
 }
+
+#[test]
+fn a_cluster_is_put_in_place_of_the_one_before() {
+    let servers = Config::parse(&minimal()).unwrap().discovery;
+    let set = |text: &str| set_cluster(text, &"a: {b".parse().unwrap(), "/etc/x y".as_ref(), &servers);
+    let sections = format!(
+        "cluster:\n  id: \"a: {{b\"\n  secretFile: \"/etc/x y\"\ndiscovery:\n  - endpoint: \"https://disc.example:7443\"\n    pin: {PIN}\n"
+    );
+    for (text, expected) in [
+        ("", "Smesh:\n  enabled: true\n"),
+        (
+            "# mine\nmesh:\n  # one\n  enabled: false\n  mtu: 1400",
+            "# mine\nmesh:\n  # one\n  enabled: true\n  mtu: 1400\nS",
+        ),
+        ("mesh: { enabled: true }\n", "mesh: { enabled: true }\nS"),
+        (
+            &format!(
+                "# 1\ndiscovery:\n  - endpoint: https://old:1\n    pin: {PIN}\n\n# 2\nmesh:\n  enabled: true\n# 3\ncluster: {{ id: old }}\n# 4\n"
+            ),
+            "# 1\n\n# 2\nmesh:\n  enabled: true\n# 3\n# 4\nS",
+        ),
+    ] {
+        assert_eq!(set(text).unwrap(), expected.replace('S', &sections), "for {text}");
+    }
+    for text in ["mesh: {}\n---\ncluster: { id: x }\n", "{ mesh: {}, cluster: { id: x } }\n"] {
+        assert!(set(text).is_err(), "{text}");
+    }
+}

@@ -4,6 +4,7 @@
 //! no policy: whether and when to dial is the machine's.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use mesh_proto::mesh::members::ServerId;
@@ -30,7 +31,7 @@ pub enum CarrierEvent {
 
 #[derive(Debug)]
 pub struct Carriers {
-    dialer: Dialer,
+    dialer: Arc<Dialer>,
     current: BTreeMap<ServerId, Current>,
     generation: u64,
     events: mpsc::Receiver<(ServerId, u64, CarrierEvent)>,
@@ -48,7 +49,7 @@ struct Current {
 impl Carriers {
     pub fn new(dialer: Dialer) -> Self {
         let (sink, events) = mpsc::channel(INBOUND_QUEUE);
-        Self { dialer, current: BTreeMap::new(), generation: 0, events, sink }
+        Self { dialer: Arc::new(dialer), current: BTreeMap::new(), generation: 0, events, sink }
     }
 
     /// Opens a carrier to this server in place of the one it has.
@@ -58,7 +59,7 @@ impl Carriers {
         let generation = self.generation;
         let (outbound, queue) = mpsc::channel(OUTBOUND_QUEUE);
         let sink = Sink { server, generation, sink: self.sink.clone() };
-        let dialer = self.dialer.clone();
+        let dialer = Arc::clone(&self.dialer);
         let task = tokio::spawn(carry(dialer, address, queue, sink)).abort_handle();
         self.current.insert(server, Current { generation, outbound, kind: None, task });
     }
@@ -121,7 +122,7 @@ impl Sink {
 }
 
 /// The life of one carrier. Ends when it breaks, or when the outbound queue is closed and drained.
-async fn carry(dialer: Dialer, address: ServerAddress, queue: mpsc::Receiver<Bytes>, sink: Sink) {
+async fn carry(dialer: Arc<Dialer>, address: ServerAddress, queue: mpsc::Receiver<Bytes>, sink: Sink) {
     let carrier = match dialer.dial(&address).await {
         Ok(carrier) => carrier,
         Err(error) => return sink.say(CarrierEvent::Closed(error.to_string())).await,

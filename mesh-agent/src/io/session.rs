@@ -10,9 +10,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use bytes::Bytes;
-use data_encoding::HEXLOWER;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use mesh_common::config::{DiscoveryServer, Pin};
 use mesh_common::limits::CONNECT_TIMEOUT;
 use quinn::Endpoint;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -44,8 +44,8 @@ pub struct ServerAddress {
     pub pin: [u8; 32],
 }
 
-/// Opens carriers. Made once, inside a tokio runtime: it owns the UDP sockets of all QUIC sessions.
-#[derive(Debug)]
+/// Opens carriers. Made once, inside a tokio runtime: it owns the UDP sockets of all QUIC sessions, and clones share them.
+#[derive(Debug, Clone)]
 pub struct Dialer {
     v4: Option<Endpoint>,
     v6: Option<Endpoint>,
@@ -218,6 +218,13 @@ impl CarrierReceiver {
     }
 }
 
+impl From<&DiscoveryServer> for ServerAddress {
+    fn from(configured: &DiscoveryServer) -> Self {
+        let endpoint = &configured.endpoint;
+        Self { host: endpoint.host().to_owned(), port: endpoint.port(), pin: configured.pin.0 }
+    }
+}
+
 impl fmt::Display for ServerAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.host.contains(':') {
@@ -242,14 +249,10 @@ impl ServerAddress {
             Failure::NotTls => DialError::NotTls { endpoint },
             Failure::NotADiscoveryServer(reason) => DialError::NotADiscoveryServer { endpoint, reason },
             Failure::WrongPin(found) => {
-                DialError::WrongPin { endpoint, found: pin_text(&found), expected: pin_text(&self.pin) }
+                DialError::WrongPin { endpoint, found: Pin(found).to_string(), expected: Pin(self.pin).to_string() }
             }
         }
     }
-}
-
-fn pin_text(pin: &[u8; 32]) -> String {
-    format!("sha256:{}", HEXLOWER.encode(pin))
 }
 
 /// In the resolver's order of preference, the families taking turns.

@@ -481,7 +481,7 @@ impl Client {
 
     /// Between half and all of the pause, which then doubles.
     fn draw_pause(&mut self) -> Duration {
-        let drawn = self.random.between(self.pause / 2, self.pause);
+        let drawn = self.random.jitter(self.pause);
         self.pause = (self.pause * 2).min(RECONNECT_MAX);
         drawn
     }

@@ -110,6 +110,7 @@ pub struct Agent {
     rp_filter_denied: BTreeSet<String>,
     /// Steps are with the shell.
     applying: bool,
+    last_steps: Option<Vec<Action>>,
     applied_once: bool,
     failed: BTreeMap<String, String>,
     retry_pause: Duration,
@@ -177,6 +178,7 @@ impl Agent {
             publisher: publish::Publisher::new(start.last_seq, start.claim),
             rp_filter_denied: BTreeSet::new(),
             applying: false,
+            last_steps: None,
             applied_once: false,
             failed: BTreeMap::new(),
             retry_pause: RETRY_FAILED_STEPS,
@@ -206,6 +208,11 @@ impl Agent {
 
     pub fn overlay_v4(&self) -> Option<Ipv4Addr> {
         self.publisher.claim.map(|claim| claim.addr)
+    }
+
+    /// Where packets of this peer go now, for a device that has just learned of it.
+    pub fn route_of(&self, key: &WgPublicKey) -> Option<&PeerRoute> {
+        self.paths.get(key).map(PathAgent::route).or_else(|| self.static_routes.get(key))
     }
 
     pub fn members(&self) -> &Members {
@@ -506,7 +513,14 @@ impl Agent {
         };
         let desired = if self.leaving.is_some() { Desired::default() } else { self.desired(observed) };
         let steps = reconcile(&desired, observed);
-        if !steps.is_empty() {
+        if !steps.is_empty() && self.last_steps.replace(steps.clone()).as_ref() == Some(&steps) {
+            // Done without an error and without effect: somebody undoes them, or this host does not take them.
+            self.retry_at = Some(now + self.retry_pause);
+            self.retry_pause = (self.retry_pause * 2).min(RECONCILE_INTERVAL);
+            self.last_steps = None;
+        } else if steps.is_empty() {
+            self.last_steps = None;
+        } else {
             self.applying = true;
             self.events.push_back(AgentEvent::Apply(steps));
         }
