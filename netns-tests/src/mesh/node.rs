@@ -69,13 +69,7 @@ pub struct StatusPeer {
 }
 
 impl Node {
-    pub(crate) fn new(
-        binaries: &Binaries,
-        host: Host,
-        dir: &Path,
-        address: IpAddr,
-        secret: &str,
-    ) -> Result<Self> {
+    pub(crate) fn new(binaries: &Binaries, host: Host, dir: &Path, address: IpAddr, secret: &str) -> Result<Self> {
         for part in ["etc", "run", "log"] {
             fs::create_dir_all(dir.join(part))?;
         }
@@ -124,15 +118,11 @@ impl Node {
     }
 
     pub fn overlay_v4(&self) -> Result<IpAddr> {
-        self.overlay
-            .map(|(v4, _)| v4.into())
-            .with_context(|| format!("{} has no overlay address yet", self.name()))
+        self.overlay.map(|(v4, _)| v4.into()).with_context(|| format!("{} has no overlay address yet", self.name()))
     }
 
     pub fn overlay_v6(&self) -> Result<IpAddr> {
-        self.overlay
-            .map(|(_, v6)| v6.into())
-            .with_context(|| format!("{} has no overlay address yet", self.name()))
+        self.overlay.map(|(_, v6)| v6.into()).with_context(|| format!("{} has no overlay address yet", self.name()))
     }
 
     pub fn write_config(&self) -> Result<()> {
@@ -141,11 +131,7 @@ impl Node {
 
     /// Executes `mesh-agent run`; does not wait for it to be ready.
     pub fn start(&mut self) -> Result<()> {
-        self.process = Some(Process::start(
-            &self.host,
-            self.command("run"),
-            &self.log_stem(),
-        )?);
+        self.process = Some(Process::start(&self.host, self.command("run"), &self.log_stem())?);
         Ok(())
     }
 
@@ -180,16 +166,12 @@ impl Node {
 
     /// Ends the agent as a crash would.
     pub fn crash(&mut self) -> Result<()> {
-        self.process
-            .take()
-            .map_or(Ok(()), |mut process| process.crash())
+        self.process.take().map_or(Ok(()), |mut process| process.crash())
     }
 
     /// SIGTERM, then waits for the end.
     pub fn stop(&mut self) -> Result<()> {
-        self.process.take().map_or(Ok(()), |mut process| {
-            process.terminate(STOP_WITHIN).map(drop)
-        })
+        self.process.take().map_or(Ok(()), |mut process| process.terminate(STOP_WITHIN).map(drop))
     }
 
     /// Has the agent read its config again.
@@ -222,20 +204,9 @@ impl Node {
     }
 
     pub fn status(&self) -> Result<Status> {
-        let answer = self.cli(&[
-            "status",
-            "--socket",
-            &self.socket_path().to_string_lossy(),
-            "-o",
-            "json",
-        ])?;
+        let answer = self.cli(&["status", "--socket", &self.socket_path().to_string_lossy(), "-o", "json"])?;
         serde_json::from_str(&answer.stdout).with_context(|| {
-            format!(
-                "status ended with {}: {}{}",
-                answer.status,
-                answer.stdout.trim(),
-                answer.stderr.trim()
-            )
+            format!("status ended with {}: {}{}", answer.status, answer.stdout.trim(), answer.stderr.trim())
         })
     }
 
@@ -244,21 +215,12 @@ impl Node {
         let mut command = self.command("status");
         command.args(["-o", "json"]);
         let answer = self.run_to_end(command)?;
-        serde_json::from_str(&answer.stdout)
-            .with_context(|| format!("status says {}{}", answer.stdout, answer.stderr))
+        serde_json::from_str(&answer.stdout).with_context(|| format!("status says {}{}", answer.stdout, answer.stderr))
     }
 
     /// What a person sees.
     pub fn status_table(&self) -> Result<String> {
-        Ok(self
-            .cli(&[
-                "status",
-                "--socket",
-                &self.socket_path().to_string_lossy(),
-                "-o",
-                "table",
-            ])?
-            .stdout)
+        Ok(self.cli(&["status", "--socket", &self.socket_path().to_string_lossy(), "-o", "table"])?.stdout)
     }
 
     pub fn down(&self) -> Result<()> {
@@ -292,9 +254,7 @@ impl Node {
     /// Adds the end of the agent's log to an error.
     pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
         match &self.process {
-            Some(process) => process
-                .explain(result)
-                .with_context(|| format!("on {}", self.name())),
+            Some(process) => process.explain(result).with_context(|| format!("on {}", self.name())),
             None => result,
         }
     }
