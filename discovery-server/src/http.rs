@@ -101,15 +101,20 @@ where
     F: Future<Output = ()> + Send + 'static,
     S: Fn(TcpStream, SocketAddr) -> F,
 {
+    let mut failing = false;
     loop {
         let (stream, remote) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                warn!(%error, "cannot accept a TCP connection");
+                if !failing {
+                    warn!(%error, "cannot accept TCP connections, trying on");
+                }
+                failing = true;
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
+        failing = false;
         let Some(pass) = gate.enter(remote.ip()) else { continue };
         // Without it small messages wait for acknowledgements; a socket that refuses it works all the same.
         let _ = stream.set_nodelay(true);
@@ -257,4 +262,41 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn upgrade(change: impl FnOnce(&mut HeaderMap)) -> Result<HeaderValue, &'static str> {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONNECTION, HeaderValue::from_static("keep-alive, Upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static("WebSocket"));
+        headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static("other, meshspan/1"));
+        headers.insert(SEC_WEBSOCKET_KEY, HeaderValue::from_static("dGhlIHNhbXBsZSBub25jZQ=="));
+        change(&mut headers);
+        accept_upgrade(&Method::GET, &headers)
+    }
+
+    #[test]
+    fn the_example_of_rfc_6455_is_answered_as_it_says() {
+        assert_eq!(upgrade(|_| ()).unwrap(), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    }
+
+    #[test]
+    fn what_an_upgrade_lacks_is_named() {
+        for (header, named) in [
+            (CONNECTION, "WebSocket only"),
+            (UPGRADE, "WebSocket only"),
+            (SEC_WEBSOCKET_VERSION, "version 13"),
+            (SEC_WEBSOCKET_PROTOCOL, ALPN),
+            (SEC_WEBSOCKET_KEY, "Sec-WebSocket-Key"),
+        ] {
+            let reason = upgrade(|headers| drop(headers.remove(&header))).unwrap_err();
+            assert!(reason.contains(named), "{header}: {reason}");
+        }
+        assert!(accept_upgrade(&Method::POST, &HeaderMap::new()).is_err());
+    }
 }

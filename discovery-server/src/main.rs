@@ -7,6 +7,7 @@ use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Cli, Command, LogFormat};
@@ -43,7 +44,10 @@ fn main() -> ExitCode {
 }
 
 fn log_to_stderr(format: LogFormat) {
-    let filter = EnvFilter::try_from_env("MESHSPAN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let wanted = std::env::var("MESHSPAN_LOG").unwrap_or_else(|_| "info".to_owned());
+    let parsed = EnvFilter::try_new(&wanted);
+    let unclear = parsed.is_err();
+    let filter = parsed.unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
     // The journal has its own clock.
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
@@ -54,5 +58,8 @@ fn log_to_stderr(format: LogFormat) {
             let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
             builder.with_ansi(colour).init();
         }
+    }
+    if unclear {
+        warn!("MESHSPAN_LOG={wanted} is not a filter such as info or debug: logging at info");
     }
 }

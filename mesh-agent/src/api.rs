@@ -55,6 +55,10 @@ pub enum HandleError {
 }
 
 impl ApiHandle {
+    pub async fn status(&self) -> Result<Box<Status>, HandleError> {
+        self.ask(ApiRequest::Status).await
+    }
+
     async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> ApiRequest) -> Result<T, HandleError> {
         let (sender, answer) = oneshot::channel();
         self.requests.try_send(request(sender)).map_err(|error| match error {

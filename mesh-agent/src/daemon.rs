@@ -40,7 +40,7 @@ async fn serve(options: RunOptions) -> anyhow::Result<()> {
                 Err(error) => Err(error),
             }
         } else {
-            Ok(idle(config, &state, &mut services).await)
+            Ok(idle(config.clone(), &state, &mut services).await)
         };
         match next {
             Ok(Ended::Left(next)) => {

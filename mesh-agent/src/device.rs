@@ -1,7 +1,8 @@
 //! The host side of the mesh by rtnetlink: what stands there, and the steps towards what should.
 //!
 //! Owns the mesh link's settings (never its creation: the data plane opens the TUN and tells its index by
-//! [`HostDevice::set_link`]), route table 818, the rule at priority 1110 and the reverse path filters it loosened.
+//! [`HostDevice::set_link`]), route table 818, the rule at priority 1110, the nftables table `inet meshspan` and the
+//! reverse path filters it loosened.
 //! Refuses to touch anything else: a link of our name that is not ours is an error that names it, other tables and
 //! rules are never read for removal. Peers belong to the data plane.
 //!
@@ -9,6 +10,7 @@
 
 mod cleanup;
 mod link;
+mod nft;
 mod routes;
 mod rp_filter;
 mod rules;
@@ -19,7 +21,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use futures_util::TryStreamExt as _;
-use mesh_proto::device::{Action, Family, Link, Observed, Route};
+use mesh_proto::device::{Action, Family, Link, MssClamp, Observed, Route};
 use rtnetlink::Handle;
 use tokio::task::AbortHandle;
 
@@ -73,10 +75,23 @@ pub enum ApplyError {
     Kernel { what: String, source: io::Error },
     #[error("link {name} is not there")]
     NoLink { name: String },
+    #[error("this kernel has no nf_tables for MSS clamping ({source}): large packets rely on path MTU discovery")]
+    NoNftables { source: io::Error },
     #[error("{action} is not a step of the host side")]
     NotOfTheHost { action: String },
     #[error(transparent)]
     Loosened(#[from] LoosenedError),
+}
+
+impl ApplyError {
+    /// The link is not on the host: it was deleted, or never made.
+    pub fn is_missing_link(&self) -> bool {
+        match self {
+            Self::NoLink { .. } => true,
+            Self::Kernel { source, .. } => source.raw_os_error() == Some(libc::ENODEV),
+            _ => false,
+        }
+    }
 }
 
 /// Reads and changes the host's network configuration in the network namespace of the thread that made it.
@@ -89,6 +104,8 @@ pub struct HostDevice {
     listen_port: u16,
     loosened: Loosened,
     table: Table,
+    /// The kernel refused the MSS clamp once; it will not learn it while we run.
+    no_nftables: bool,
 }
 
 impl HostDevice {
@@ -101,6 +118,7 @@ impl HostDevice {
             listen_port: 0,
             loosened: Loosened::load(state_dir)?,
             table: Table::default(),
+            no_nftables: false,
         })
     }
 
@@ -139,6 +157,7 @@ impl HostDevice {
         }
         let all = rp_filter::all()
             .map_err(|source| ObserveError::Kernel { what: format!("read {}", rp_filter::ALL_PATH), source })?;
+        let mss_clamp = if self.no_nftables { MssClamp::Unsupported } else { nft::observe(&self.link_name).await };
         Ok(Observed {
             link: ours.filter(|link| link.up).map(|link| Link {
                 name: link.name.clone(),
@@ -151,6 +170,7 @@ impl HostDevice {
             rules,
             underlay: link::underlay(&links, &addresses, self.link, all),
             loosened: self.loosened.in_force(&links),
+            mss_clamp,
         })
     }
 
@@ -169,6 +189,8 @@ impl HostDevice {
                 .map_err(doing(|| format!("remove the {family:?} rule"))),
             Action::LoosenRpFilter { link } => self.loosened.loosen(&self.netlink.handle, link).await,
             Action::RestoreRpFilter { link } => self.loosened.restore(&self.netlink.handle, link).await,
+            Action::SetMssClamp => self.set_mss_clamp().await,
+            Action::RemoveMssClamp => nft::remove().await.map_err(doing(|| "remove the MSS clamp".into())),
             Action::SetPeer(..) | Action::RemovePeer(_) => {
                 Err(ApplyError::NotOfTheHost { action: "a peer's change".into() })
             }
@@ -212,6 +234,16 @@ impl HostDevice {
         }
         self.table.removed(route);
         Ok(())
+    }
+
+    async fn set_mss_clamp(&mut self) -> Result<(), ApplyError> {
+        match nft::set(&self.link_name).await {
+            Err(source) if nft::is_unsupported(&source) => {
+                self.no_nftables = true;
+                Err(ApplyError::NoNftables { source })
+            }
+            other => other.map_err(doing(|| "set the MSS clamp".into())),
+        }
     }
 
     fn our_index(&self) -> Result<u32, ApplyError> {

@@ -4,11 +4,13 @@
 //! bytes, carries out steps and reports facts. Nothing here ends the loop but a signal or the machine itself; what fails on
 //! the host is reported to the machine and shown in `status`.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use mesh_common::config::Config;
+use mesh_common::host_name::HostName;
 use mesh_common::key::ClusterSecret;
 use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
@@ -50,6 +52,7 @@ pub struct Node<'a> {
     config: Config,
     secret: ClusterSecret,
     servers: Vec<ServerAddress>,
+    host_name: HostName,
     agent: Agent,
     engine: Engine<BoringTunnels, Tun, UdpSockets>,
     host: HostDevice,
@@ -69,6 +72,12 @@ pub struct Node<'a> {
     observed: Observed,
 }
 
+impl fmt::Debug for Node<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("node", &self.agent.node_id()).finish_non_exhaustive()
+    }
+}
+
 /// A departure under way, and who waits for it.
 struct Leaving {
     config: Box<Config>,
@@ -80,6 +89,7 @@ impl<'a> Node<'a> {
     /// Opens everything a node needs; fails with what is missing before anything is announced.
     pub async fn start(config: Config, state: &'a mut State) -> anyhow::Result<Self> {
         let settings = node_settings::load(&config).await?;
+        let host_name = settings.host_name.clone();
         let secret = secrets::cluster_secret(&config.cluster.secret)?;
         let sockets = UdpSockets::bind(settings.listen_port, FWMARK)?;
         let mut host = HostDevice::new(&settings.link_name, state.dir())?;
@@ -118,6 +128,7 @@ impl<'a> Node<'a> {
         );
         Ok(Self {
             servers: node_settings::servers(&config),
+            host_name,
             config,
             secret,
             agent,
@@ -145,6 +156,9 @@ impl<'a> Node<'a> {
         loop {
             if self.drain(services).await {
                 return self.leave();
+            }
+            if !self.engine.is_running() {
+                bail!("a thread of the data plane died, which is a bug: the log above says where");
             }
             let (wake_at, _why) = self.next_wake();
             tokio::select! {
@@ -257,6 +271,10 @@ impl<'a> Node<'a> {
         let mut failures = Vec::new();
         let first = steps.first().cloned();
         for step in steps {
+            if !matches!(step, Action::SetPeer(..) | Action::RemovePeer(_)) {
+                // Many peers are one snapshot for the data threads; before a packet can be routed to them.
+                self.engine.publish();
+            }
             if let Err(error) = self.apply_step(&step).await {
                 let not_permitted = matches!(error.downcast_ref(), Some(ApplyError::NotPermitted { .. }));
                 failures.push((step, StepError { text: format!("{error:#}"), not_permitted }));
@@ -291,14 +309,17 @@ impl<'a> Node<'a> {
 
     /// The TUN that was opened at the start is used first; one that was deleted is opened anew.
     async fn create_link(&mut self, link: &Link) -> anyhow::Result<()> {
-        if self.engine.link_lost() || self.observed.link.is_none() && self.ready {
-            let tun = Tun::create(&link.name)?;
-            self.host.set_link(Some(tun.index()), link.listen_port);
-            self.engine.replace_tun(tun);
-            self.link_lost = false;
+        if !self.engine.link_lost() {
+            match self.host.configure_link(link).await {
+                Err(error) if error.is_missing_link() => {}
+                other => return Ok(other?),
+            }
         }
-        self.host.configure_link(link).await?;
-        Ok(())
+        let tun = Tun::create(&link.name)?;
+        self.host.set_link(Some(tun.index()), link.listen_port);
+        self.engine.replace_tun(tun);
+        self.link_lost = false;
+        Ok(self.host.configure_link(link).await?)
     }
 
     async fn observe(&mut self) -> Option<Observed> {
@@ -377,15 +398,11 @@ impl<'a> Node<'a> {
 
     /// Takes a new configuration. What cannot change in place (cluster, interface, port) takes the node down and up again.
     async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) {
-        let respond = |result: Result<(), String>| {
-            if let Err(error) = &result {
-                tracing::warn!("the new configuration is not in force: {error}");
-            }
-            // The asker may have gone.
-            let _gone = answer.map(|answer| answer.send(result));
-        };
-        if self.leaving.is_some() {
-            return respond(Err("the node is leaving: try again in a moment".to_owned()));
+        if let Some(leaving) = &mut self.leaving {
+            // The newest configuration is the one to go on with, on or off.
+            leaving.config = config;
+            leaving.waiting.extend(answer);
+            return;
         }
         if !config.mesh.enabled {
             self.start_leaving(config, answer);
@@ -394,18 +411,19 @@ impl<'a> Node<'a> {
         let loaded = node_settings::load(&config).await;
         let secret = secrets::cluster_secret(&config.cluster.secret);
         match (loaded, secret) {
-            (Err(error), _) => respond(Err(format!("{error:#}"))),
-            (_, Err(error)) => respond(Err(error.to_string())),
+            (Err(error), _) => respond(answer, Err(format!("{error:#}"))),
+            (_, Err(error)) => respond(answer, Err(error.to_string())),
             (Ok(_), Ok(secret)) if self.needs_restart(&config, &secret) => {
                 tracing::info!("the new configuration changes cluster, interface or port: leaving and coming back");
                 self.start_leaving(config, answer);
             }
             (Ok(settings), Ok(_)) => {
                 self.servers = node_settings::servers(&config);
+                self.host_name = settings.host_name.clone();
                 self.config = *config;
                 self.agent.handle_settings(settings, clock::now());
                 tracing::info!("the new configuration is in force");
-                respond(Ok(()));
+                respond(answer, Ok(()));
             }
         }
     }
@@ -454,8 +472,18 @@ impl<'a> Node<'a> {
             started_at_ms: self.started_at_ms,
             is_ready: self.ready,
             host_problem: self.host_problem.as_deref(),
+            host_name: self.host_name.as_str(),
             is_state_dir_failing: self.store_failed,
             now: clock::now(),
         })
     }
+}
+
+/// Tells whoever asked, and the log.
+fn respond(answer: Option<Answer>, result: Result<(), String>) {
+    if let Err(error) = &result {
+        tracing::warn!("the new configuration is not in force: {error}");
+    }
+    // The asker may have gone.
+    let _gone = answer.map(|answer| answer.send(result));
 }

@@ -17,6 +17,8 @@ pub fn init(format: LogFormat) -> Result<(), TryInitError> {
         .from_env_lossy();
     // Below info the netlink crates print whole messages, and those hold keys.
     let harmless = filter_fn(|event| *event.level() <= tracing::Level::INFO || !is_netlink(event.target()));
+    // boringtun warns of what is normal here: a peer that is off, a handshake that crossed ours.
+    let wanted = wanted.add_directive("boringtun=off".parse().expect("the directive is valid"));
     let filter = wanted.and(harmless);
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let layer = match format {

@@ -13,7 +13,7 @@ use mesh_common::time::Instant;
 pub const OVERHEAD: usize = 32;
 pub const MIN_BUFFER: usize = 148;
 
-/// A tunnel to one peer. Every method writes at most one datagram or packet into `dst`; a `dst` that is too short loses the
+/// A tunnel to one peer. Every method writes at most one datagram or packet to the beginning of `dst`; a `dst` that is too short loses the
 /// input ([`DropReason::ShortBuffer`]) and never panics.
 pub trait Tunnel: Send {
     /// Seals one inner IP packet. Without a session the packet is queued (bounded) and a handshake starts.

@@ -1,14 +1,16 @@
 //! Strangers who say the wrong thing: they lose their own connection, nobody else notices.
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mesh_agent::io::session::{CarrierKind, Dialer};
-use mesh_common::limits::MAX_MESSAGE;
+use mesh_common::limits::{MAX_MESSAGE, MAX_UNPROVEN_PER_IP};
 use mesh_proto::wire::session::{ClientMessage, ServerMessage};
+use socket2::{Domain, Socket, Type};
 
-use super::support::{Member, PATIENCE, Running, address_for};
+use super::support::{Member, PATIENCE, Running, address_for, in_time};
 
 async fn alive(member: &mut Member, number: u64) {
     member.say(&ClientMessage::Ping(number)).await;
@@ -51,6 +53,35 @@ async fn garbage_on_every_port_hurts_nobody() {
     alive(&mut over_quic, 1).await;
     alive(&mut over_tcp, 2).await;
     Member::join(&dialer, &server.address(), 1, 3).await;
+}
+
+#[tokio::test]
+async fn a_crowd_of_silent_connections_keeps_nobody_else_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Running::start(dir.path(), &[]);
+    // From another address of loopback: as many as one address may have and some more.
+    let crowd: Vec<_> = (0..MAX_UNPROVEN_PER_IP + 10)
+        .map(|_| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.bind(&SocketAddr::from(([127, 0, 0, 2], 0)).into()).unwrap();
+            socket.connect(&server.socket().into()).unwrap();
+            socket
+        })
+        .collect();
+    in_time("the crowd at the door", async {
+        let mut look = tokio::time::interval(Duration::from_millis(5));
+        while !server.get("/metrics").1.contains("meshspan_discovery_handshakes_turned_away_total 10\n") {
+            look.tick().await;
+        }
+    })
+    .await;
+    // So many are at the door now that QUIC clients have to prove their address first.
+    let dialer = Dialer::new().unwrap();
+    for kind in [CarrierKind::Quic, CarrierKind::WebSocket] {
+        let (member, _) = Member::join(&dialer, &address_for(kind, &server).await, 1, 1).await;
+        assert_eq!(member.carrier.kind, kind);
+    }
+    drop(crowd);
 }
 
 #[tokio::test]

@@ -1,12 +1,15 @@
 //! The process: usage, health, metrics, shutdown, and what it tells of others.
 
+use std::os::unix::net::UnixDatagram;
+use std::process::Stdio;
 use std::time::Instant;
 
 use mesh_agent::io::session::{CarrierKind, Dialer};
 use mesh_proto::wire::session::ServerMessage;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use super::support::{Member, PATIENCE, Running, address_for, binary};
+use super::support::{Member, PATIENCE, Running, address_for, binary, key_file};
 
 #[test]
 fn a_wrong_flag_is_a_usage_error() {
@@ -95,6 +98,32 @@ async fn sigterm_asks_the_clients_to_come_back_and_ends_in_order() {
             assert_eq!(server.logged("stopped")["all_left"], polite, "{kind:?}");
         }
     }
+}
+
+#[test]
+fn the_service_manager_hears_of_start_and_stop() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let hear = || {
+        let mut message = [0; 256];
+        let len = manager.recv(&mut message).unwrap();
+        String::from_utf8(message[..len].to_vec()).unwrap()
+    };
+    let mut server = binary()
+        .env("NOTIFY_SOCKET", &path)
+        .env("STATE_DIRECTORY", dir.path())
+        .args(["--listen", "127.0.0.1:0", "--stun", "off"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert_eq!(hear().trim(), "READY=1");
+    assert!(key_file(dir.path()).exists(), "systemd's directory is the state directory");
+    kill(Pid::from_raw(server.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert_eq!(hear().trim(), "STOPPING=1");
+    assert_eq!(server.wait().unwrap().code(), Some(0));
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! What a member gets from the server, over both carriers.
 
-use mesh_agent::io::session::{CarrierKind, Dialer};
+use mesh_agent::io::session::{CarrierKind, Dialer, ServerAddress};
 use mesh_proto::wire::session::{Binding, ClientMessage, ErrorCode, ServerMessage};
 
 use super::support::{Member, Running, address_for, cluster};
@@ -37,6 +37,19 @@ async fn members_find_each_other_over_any_pair_of_carriers() {
             }
             writer.carrier.sender.close().await;
         }
+    }
+}
+
+#[tokio::test]
+async fn one_port_serves_both_families() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Running::start(dir.path(), &["--listen", ":0"]);
+    let dialer = Dialer::new().unwrap();
+    for host in ["127.0.0.1", "::1", "localhost"] {
+        let address = ServerAddress { host: host.to_owned(), ..server.address() };
+        let (member, welcome) = Member::join(&dialer, &address, 1, 1).await;
+        assert_eq!(member.carrier.kind, CarrierKind::Quic);
+        assert_eq!(welcome.observed.ip(), member.carrier.remote.ip(), "both ends are on loopback, nothing is mapped");
     }
 }
 

@@ -59,10 +59,10 @@ impl Running {
             stdout.read_line(&mut line).unwrap();
             line.trim_end().strip_prefix(key).unwrap_or_else(|| panic!("{key} expected, got {line:?}")).to_owned()
         };
-        let endpoint = value_of("endpoint=https://127.0.0.1:");
+        let endpoint = value_of("endpoint=https://");
         let pin = value_of("pin=").parse::<Pin>().unwrap().0;
         let mut running = Self::watch(child);
-        running.port = endpoint.parse().unwrap();
+        running.port = endpoint.rsplit_once(':').unwrap().1.parse().unwrap();
         running.pin = pin;
         running
     }
@@ -75,10 +75,15 @@ impl Running {
     }
 
     fn spawn(state_dir: &Path, more: &[&str]) -> Child {
-        binary()
-            .args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log-format", "json", "--state-dir"])
+        let mut command = binary();
+        for (flag, value) in [("--listen", "127.0.0.1:0"), ("--stun", "127.0.0.1:0"), ("--http", "127.0.0.1:0")] {
+            if !more.contains(&flag) {
+                command.args([flag, value]);
+            }
+        }
+        command
+            .args(["--log-format", "json", "--state-dir"])
             .arg(state_dir)
-            .args(if more.contains(&"--stun") { &[][..] } else { &["--stun", "127.0.0.1:0"] })
             .args(more)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -1,6 +1,7 @@
 //! Removes everything of ours from the host without a running agent.
 //!
-//! Owns nothing new: the link by name and kind, the table, the rules, the loosened filters. Leaves all else, and goes on
+//! Owns nothing new: the link by name and kind, the table, the rules, the packet filter table, the
+//! loosened filters. Leaves all else, and goes on
 //! after a failure so that one obstacle leaves as little as possible behind. Done twice it finds nothing.
 
 use std::path::Path;
@@ -8,10 +9,11 @@ use std::path::Path;
 use mesh_proto::device::Family;
 
 use super::rp_filter::Loosened;
-use super::{ApplyError, Netlink, doing, link, routes, rules};
+use super::{ApplyError, Netlink, doing, link, nft, routes, rules};
 
 /// What a cleanup did, for a human.
 #[derive(Debug, Default)]
+#[must_use = "tell what could not be removed"]
 pub struct CleanupReport {
     pub removed: Vec<String>,
     /// What could not be removed, and why.
@@ -55,6 +57,11 @@ pub async fn cleanup(link_name: &str, state_dir: &Path) -> Result<CleanupReport,
             let result = rules::remove(handle, family).await.map_err(doing(|| format!("remove the {family:?} rule")));
             report.note(result, || format!("{family:?} rule of priority 1110"));
         }
+    }
+
+    if nft::exists().await {
+        let result = nft::remove().await.map_err(doing(|| "remove the nftables table inet meshspan".into()));
+        report.note(result, || "nftables table inet meshspan".into());
     }
 
     match Loosened::load(state_dir) {

@@ -4,9 +4,8 @@
 //! the successor of a crashed agent can undo it. A value that someone else set since is left alone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use netlink_packet_core::{DefaultNla, NLA_F_NESTED};
@@ -15,6 +14,7 @@ use rtnetlink::Handle;
 
 use super::link::{self, HostLink};
 use super::{ApplyError, LoosenedError, accept, doing};
+use crate::durable;
 
 /// A packet's source must be routable at all, not through the link it came by.
 pub(super) const LOOSE: u8 = 2;
@@ -121,22 +121,17 @@ impl Loosened {
     }
 
     fn save(&self) -> Result<(), LoosenedError> {
-        let write = || -> io::Result<()> {
-            let directory = self.path.parent().unwrap_or(Path::new("/"));
-            if self.before.is_empty() {
-                match fs::remove_file(&self.path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    _ => return Ok(()),
-                }
-            }
-            let new = self.path.with_extension("json.new");
-            let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            file.write_all(&serde_json::to_vec(&self.before)?)?;
-            file.sync_all()?;
-            fs::rename(&new, &self.path)?;
-            File::open(directory)?.sync_all()
+        let saved = if self.before.is_empty() {
+            fs::remove_file(&self.path).or_else(|error| match error.kind() {
+                io::ErrorKind::NotFound => Ok(()),
+                _ => Err(error),
+            })
+        } else {
+            serde_json::to_vec(&self.before)
+                .map_err(io::Error::from)
+                .and_then(|bytes| durable::replace(&self.path, &bytes, 0o600))
         };
-        write().map_err(|source| LoosenedError::Write { path: self.path.clone(), source })
+        saved.map_err(|source| LoosenedError::Write { path: self.path.clone(), source })
     }
 }
 

@@ -116,8 +116,10 @@ pub enum DialError {
 /// Why one attempt failed, from the least telling to the most.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Failure {
-    TimedOut,
+    /// No way there from this host, at least for this address.
     Unreachable(String),
+    TimedOut,
+    Refused,
     HungUp,
     NotTls,
     NotADiscoveryServer(String),
@@ -155,7 +157,7 @@ impl Dialer {
         let mut tcp_left = plan.iter().filter(|attempt| attempt.kind == CarrierKind::WebSocket).count();
         let mut racing: FuturesUnordered<_> =
             plan.into_iter().map(|attempt| async move { (self.run(&attempt, server).await, attempt) }).collect();
-        let mut worst = Failure::TimedOut;
+        let mut told: Option<Failure> = None;
         // Both ways out mean the same: nobody won.
         while let Ok(Some((outcome, attempt))) = timeout_at(deadline, racing.next()).await {
             let failure = match outcome {
@@ -164,7 +166,7 @@ impl Dialer {
             };
             tracing::debug!(kind = ?attempt.kind, to = %attempt.to, ?failure, "a carrier did not come up");
             if attempt.to.port() == server.port {
-                worst = worst.max(failure);
+                told = told.max(Some(failure));
             }
             if attempt.kind == CarrierKind::WebSocket {
                 tcp_left -= 1;
@@ -173,7 +175,9 @@ impl Dialer {
                 }
             }
         }
-        Err(server.explain(worst))
+        // Silence on UDP says nothing, TCP attempts that are still open do.
+        let silent = (tcp_left > 0).then_some(Failure::TimedOut);
+        Err(server.explain(told.max(silent).unwrap_or(Failure::TimedOut)))
     }
 
     async fn run(&self, attempt: &Attempt, server: &ServerAddress) -> Result<Carrier, Failure> {
@@ -244,6 +248,7 @@ impl ServerAddress {
         let endpoint = self.to_string();
         match failure {
             Failure::TimedOut => DialError::NothingAnswers { endpoint, reason: "no answer in time".to_owned() },
+            Failure::Refused => DialError::NothingAnswers { endpoint, reason: "connection refused".to_owned() },
             Failure::Unreachable(reason) => DialError::NothingAnswers { endpoint, reason },
             Failure::HungUp => DialError::HungUp { endpoint },
             Failure::NotTls => DialError::NotTls { endpoint },

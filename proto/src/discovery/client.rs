@@ -429,7 +429,9 @@ impl Client {
         let ClientConfig { server_name, keys, proxied, .. } = &self.config;
         let fix = match error.code {
             // A wrong secret is another namespace with a good proof of its own: what breaks a proof stands in between.
-            ErrorCode::AuthFailed if *proxied => "; behind a proxy the server has to know this name as its own",
+            ErrorCode::AuthFailed if *proxied => {
+                "; a server behind a proxy needs --own-name with the host of this name"
+            }
             ErrorCode::AuthFailed => "; if a proxy in front of it ends TLS, set `proxied: true` for this server",
             ErrorCode::NamespaceRefused => {
                 return format!(

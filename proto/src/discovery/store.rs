@@ -271,8 +271,7 @@ impl Store {
             if node == reader {
                 continue;
             }
-            let entry = space.nodes.get(node).expect("a node in the history has content");
-            let change = match entry.content.frame() {
+            let change = match space.nodes.get(node).and_then(|entry| entry.content.frame()) {
                 Some(frame) => Change::Frame(frame.as_bytes().clone()),
                 None if *version <= watcher.snapshot_end => continue,
                 None => Change::Gone(*node),

@@ -239,7 +239,7 @@ impl Pair {
                 .map(|(due, _)| due)
                 .min();
             let Some(next) = next.filter(|next| *next <= end) else { break };
-            assert!(next > self.now || next == self.now, "time went back");
+            assert!(next >= self.now, "a deadline was left behind");
             self.now = self.now.max(next);
             if let Some(server) = &mut self.server {
                 server.handle_timeout(self.now);

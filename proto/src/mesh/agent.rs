@@ -352,8 +352,9 @@ impl Agent {
             client.handle_timeout(now);
         }
         for (key, path) in &mut self.paths {
+            let tunnel = path.tunnel_generation();
             path.handle_timeout(now);
-            if is_down(path.state(now)) != self.down.contains(key) {
+            if is_down(path.state(now)) != self.down.contains(key) || path.tunnel_generation() != tunnel {
                 self.due = Some(now);
             }
         }
@@ -535,6 +536,7 @@ impl Agent {
             overlay_v6: self.overlay_v6(),
             overlay_v4: self.overlay_v4(),
             peers: &self.peers,
+            tunnels: &self.paths.iter().map(|(key, path)| (*key, path.tunnel_generation())).collect(),
             down: &self.down,
             underlay: &observed.underlay,
             loosened: &observed.loosened,
@@ -563,7 +565,7 @@ impl Agent {
         for peer in &self.peers {
             let path = self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64()));
             path.handle_candidates(&peer.candidates);
-            path.handle_generation(peer.generation, now);
+            path.handle_instance(peer.instance, now);
         }
         let statics: BTreeMap<WgPublicKey, &StaticPeer> =
             self.settings.static_peers.iter().map(|peer| (peer.public_key, peer)).collect();
@@ -619,19 +621,18 @@ impl Agent {
     }
 
     fn finish_leaving(&mut self, now: Instant) {
-        let Some(leaving) = self.leaving.filter(|leaving| !leaving.stopped) else {
-            return;
-        };
-        if !leaving.said {
-            self.leaving = Some(Leaving { said: true, ..leaving });
-            self.reserve_seq(now);
-        }
+        let Some(leaving) = self.leaving.as_mut().filter(|leaving| !leaving.stopped) else { return };
         if leaving.give_up_at.is_some_and(|at| now >= at) {
-            self.leaving = self.leaving.map(|leaving| Leaving { give_up_at: None, ..leaving });
+            leaving.give_up_at = None;
         }
-        let is_farewell_done = leaving.give_up_at.is_none() || self.publisher.is_stored_by(&self.connected());
+        let is_farewell_due = leaving.give_up_at.is_some();
+        if !std::mem::replace(&mut leaving.said, true) {
+            self.reserve_seq(now);
+            return;
+        }
+        let is_farewell_done = !is_farewell_due || self.publisher.is_stored_by(&self.connected());
         let is_clean = !self.applying && self.retry_at.is_none() && self.due.is_none();
-        if leaving.said && is_farewell_done && is_clean {
+        if is_farewell_done && is_clean {
             self.disconnect_servers();
             self.leaving = Some(Leaving { give_up_at: None, said: true, stopped: true });
             self.events.push_back(AgentEvent::Stopped);

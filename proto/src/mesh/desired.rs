@@ -20,6 +20,8 @@ pub struct Inputs<'a> {
     pub overlay_v6: Ipv6Addr,
     pub overlay_v4: Option<Ipv4Addr>,
     pub peers: &'a [Peer],
+    /// Which tunnel each peer should have, see [`PeerSpec::generation`].
+    pub tunnels: &'a BTreeMap<WgPublicKey, u64>,
     /// Peers with demand and no way to reach them.
     pub down: &'a BTreeSet<WgPublicKey>,
     pub underlay: &'a [UnderlayLink],
@@ -36,7 +38,7 @@ impl Inputs<'_> {
             let allowed_ips = peer.routed();
             self.add_routes(&mut routes, &allowed_ips, self.down.contains(&peer.key));
             let preshared_key = Some(self.keys.pair_psk(self.own, (peer.node, peer.key)));
-            let spec = PeerSpec { preshared_key, allowed_ips, keepalive: None, generation: peer.generation };
+            let spec = PeerSpec { preshared_key, allowed_ips, keepalive: None, generation: self.tunnels.get(&peer.key).copied().unwrap_or(0) };
             peers.insert(peer.key, spec);
         }
         for peer in &self.settings.static_peers {
@@ -57,7 +59,14 @@ impl Inputs<'_> {
             listen_port: self.settings.listen_port,
             addresses: addresses.into_iter().flatten().map(IpNet::from).collect(),
         };
-        Desired { link: Some(link), peers, routes, rules: Family::ALL.into(), loose_rp_filter: self.loose_rp_filter() }
+        Desired {
+            link: Some(link),
+            peers,
+            routes,
+            rules: Family::ALL.into(),
+            loose_rp_filter: self.loose_rp_filter(),
+            mss_clamp: true,
+        }
     }
 
     fn add_routes(&self, routes: &mut BTreeSet<Route>, prefixes: &BTreeSet<IpNet>, down: bool) {

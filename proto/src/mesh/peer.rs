@@ -29,8 +29,8 @@ pub struct Peer {
     pub prefixes: Vec<(IpNet, Verdict)>,
     /// Where it may be reached, best first.
     pub candidates: Vec<SocketAddr>,
-    /// Its instance, to notice a restart.
-    pub generation: u64,
+    /// Which start of its agent the record is of.
+    pub instance: [u8; 16],
 }
 
 impl Peer {
@@ -106,7 +106,7 @@ impl Surroundings<'_> {
             overlay_v4: overlay_v4.filter(|addr| self.local_overlap(IpNet::from(IpAddr::V4(*addr))).is_none()),
             prefixes: announced.into_iter().map(|prefix| (prefix, self.verdict(prefix, node, prefix_owners))).collect(),
             candidates: self.candidates(member),
-            generation: generation(&record.instance),
+            instance: record.instance,
         }
     }
 
@@ -219,13 +219,6 @@ impl Surroundings<'_> {
             }
         }
     }
-}
-
-/// A number that changes when the agent behind a record is another process.
-fn generation(instance: &[u8; 16]) -> u64 {
-    let mut half = [0; 8];
-    half.copy_from_slice(&instance[..8]);
-    u64::from_le_bytes(half)
 }
 
 /// Live claims first, then the smallest.

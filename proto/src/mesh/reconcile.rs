@@ -3,7 +3,7 @@
 //! Applying the steps to a host that took them all leaves no difference, whatever damage it had. The order never opens a
 //! leak: the floor and the rules stand before anything is routed, and go after the link.
 
-use crate::device::{Action, Desired, Observed, Route, RouteKind};
+use crate::device::{Action, Desired, MssClamp, Observed, Route, RouteKind};
 
 /// Steps from `observed` to `desired`; empty when nothing differs.
 pub fn reconcile(desired: &Desired, observed: &Observed) -> Vec<Action> {
@@ -43,6 +43,11 @@ pub fn reconcile(desired: &Desired, observed: &Observed) -> Vec<Action> {
     }
     let differing = desired.peers.iter().filter(|(key, spec)| observed.peers.get(*key) != Some(*spec));
     actions.extend(differing.map(|(key, spec)| Action::SetPeer(*key, spec.clone())));
+    match (desired.mss_clamp, observed.mss_clamp) {
+        (true, MssClamp::Absent) => actions.push(Action::SetMssClamp),
+        (false, MssClamp::Present) => actions.push(Action::RemoveMssClamp),
+        _ => {}
+    }
     actions.extend(wanted(is_not_floor).map(Action::AddRoute));
 
     let restored = observed.loosened.difference(&desired.loose_rp_filter);

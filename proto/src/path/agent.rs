@@ -49,7 +49,10 @@ pub enum PathState {
 pub struct PathAgent {
     candidates: Vec<SocketAddr>,
     proven: Option<SocketAddr>,
-    generation: Option<u64>,
+    instance: Option<[u8; 16]>,
+    /// The peer restarted since its tunnel was made.
+    is_tunnel_stale: bool,
+    tunnel_generation: u64,
     last_handshake: Option<Instant>,
     attempt: Option<Attempt>,
     random: SplitMix64,
@@ -71,7 +74,9 @@ impl PathAgent {
         Self {
             candidates: Vec::new(),
             proven: None,
-            generation: None,
+            instance: None,
+            is_tunnel_stale: false,
+            tunnel_generation: 0,
             last_handshake: None,
             attempt: None,
             random: SplitMix64::new(seed),
@@ -86,23 +91,28 @@ impl PathAgent {
         self.update_route();
     }
 
-    /// Which run of the peer's agent its record is of. After another one nothing known of the old counts; traffic that
-    /// flowed is wanted still.
-    pub fn handle_generation(&mut self, generation: u64, now: Instant) {
-        let Some(before) = self.generation.replace(generation) else {
-            return;
-        };
-        if before == generation {
-            return;
+    /// Which start of the peer's agent its record is of. After another one the peer has no session with us, and traffic
+    /// that flowed is wanted still. The tunnel is not thrown away at once: the restarted agent may have greeted us before its
+    /// record came, and that session is good. It goes when nothing answers, or when nobody uses it.
+    pub fn handle_instance(&mut self, instance: [u8; 16], now: Instant) {
+        let before = self.instance.replace(instance);
+        if before.is_some_and(|before| before != instance) {
+            self.is_tunnel_stale = true;
+            if self.attempt.is_some() || matches!(self.state(now), PathState::Up { .. }) {
+                self.attempt = None;
+                self.want(now);
+                self.events.push_back(PathEvent::StartHandshake);
+            }
         }
-        let was_wanted = self.attempt.is_some() || matches!(self.state(now), PathState::Up { .. });
-        self.last_handshake = None;
-        if was_wanted {
-            self.attempt = None;
-            self.want(now);
-            self.events.push_back(PathEvent::StartHandshake);
+        if self.state(now) == PathState::Idle {
+            self.renew_tunnel();
         }
         self.update_route();
+    }
+
+    /// Which tunnel this peer should have; another number asks for another tunnel.
+    pub fn tunnel_generation(&self) -> u64 {
+        self.tunnel_generation
     }
 
     pub fn handle_report(&mut self, report: &PeerReport, now: Instant) {
@@ -149,6 +159,7 @@ impl PathAgent {
         self.attempt = Some(Attempt { retry_at, pause, ..attempt });
         if now.since(attempt.since) >= TRUST {
             self.proven = None;
+            self.renew_tunnel();
         }
         self.update_route();
         self.events.push_back(PathEvent::StartHandshake);
@@ -180,6 +191,13 @@ impl PathAgent {
 
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
         self.attempt.map(|attempt| (attempt.retry_at, "try a peer again"))
+    }
+
+    fn renew_tunnel(&mut self) {
+        if std::mem::take(&mut self.is_tunnel_stale) {
+            self.tunnel_generation += 1;
+            self.last_handshake = None;
+        }
     }
 
     fn want(&mut self, now: Instant) {
@@ -302,13 +320,17 @@ mod tests {
         let mut agent = agent(&[1]);
         agent.handle_report(&PeerReport::Handshake { endpoint: addr(1) }, at(0));
         drain(&mut agent);
-        agent.handle_generation(1, at(400));
+        agent.handle_instance([1; 16], at(400));
         assert_eq!(agent.poll_event(), None);
-        agent.handle_generation(2, at(500));
+        agent.handle_instance([2; 16], at(500));
         assert!(drain(&mut agent).contains(&PathEvent::StartHandshake));
+        assert_eq!(agent.tunnel_generation(), 0, "the session may be of the new start already");
+        run_until(&mut agent, at(500) + TRUST * 2);
+        assert_eq!(agent.tunnel_generation(), 1, "nothing answered: perhaps its clock went back");
         let mut idle = self::agent(&[1]);
-        idle.handle_generation(1, at(0));
-        idle.handle_generation(2, at(500));
+        idle.handle_instance([1; 16], at(0));
+        idle.handle_instance([2; 16], at(500));
+        assert_eq!(idle.tunnel_generation(), 1);
         assert!(!drain(&mut idle).contains(&PathEvent::StartHandshake));
     }
 }

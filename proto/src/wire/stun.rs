@@ -139,7 +139,7 @@ impl<'a> Message<'a> {
         let len = usize::from(u16::from_be_bytes([head[2], head[3]]));
         let cookie = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
         let sound = kind >> 14 == 0 && cookie == MAGIC_COOKIE && len == body.len() && len.is_multiple_of(4);
-        let transaction = *head.last_chunk().expect("a head of 20 bytes ends with 12");
+        let transaction = *head.last_chunk()?;
         sound.then_some(Self { kind, transaction, body })
     }
 

@@ -76,6 +76,9 @@ fn families_take_turns() {
 #[test]
 fn the_most_telling_failure_wins() {
     let server = server("2001:db8::1", 7443);
+    let no_ipv6 = || Failure::Unreachable("Network is unreachable".to_owned());
+    let refused = server.explain([Failure::Refused, no_ipv6(), Failure::TimedOut].into_iter().max().unwrap());
+    assert!(refused.to_string().contains("(connection refused)"), "{refused}");
     let worst = [Failure::TimedOut, Failure::WrongPin([1; 32]), Failure::HungUp].into_iter().max().unwrap();
     let text = server.explain(worst).to_string();
     assert!(text.starts_with("the server at https://[2001:db8::1]:7443 has key sha256:0101"), "{text}");

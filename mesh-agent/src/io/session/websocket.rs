@@ -113,7 +113,7 @@ fn describe(error: &Error) -> CarrierError {
 
 fn unreachable(error: &io::Error) -> Failure {
     match error.kind() {
-        ErrorKind::ConnectionRefused => Failure::Unreachable("connection refused".to_owned()),
+        ErrorKind::ConnectionRefused => Failure::Refused,
         ErrorKind::TimedOut => Failure::TimedOut,
         _ => Failure::Unreachable(error.to_string()),
     }

@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::discovery::tests::{at, client_config, frame, keys, node};
 use crate::wire::session::Welcome;
@@ -468,5 +470,87 @@ fn a_list_without_end_is_bounded_and_foreign_frames_are_not_listed() {
     match events(&mut client).as_slice() {
         [ClientEvent::Synced { listed }] => assert_eq!(listed.len(), MAX_MEMBERS),
         other => panic!("{other:?}"),
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Input {
+    Connected,
+    Disconnected,
+    Message(ServerMessage),
+    Bytes(Vec<u8>),
+    Wait(u64),
+    NetworkChanged,
+    Publish(u64),
+}
+
+fn inputs() -> impl Strategy<Value = Vec<Input>> {
+    let message = prop_oneof![
+        4 => Just(welcome()),
+        1 => Just(ServerMessage::Restart),
+        1 => (2..6_u8).prop_map(|of| ServerMessage::Frame(record(of, 1).as_bytes().clone())),
+        1 => (2..6_u8).prop_map(|of| ServerMessage::Gone(node(of))),
+        2 => (0..9_u64).prop_map(synced),
+        1 => Just(ServerMessage::Stored { seq: 1 }),
+        1 => Just(ServerMessage::Pong(1)),
+        1 => Just(ServerMessage::Challenge([4; 32])),
+        1 => Just(ServerMessage::Drain { retry_after: Duration::from_secs(9) }),
+        1 => prop_oneof![
+            Just(ErrorCode::AuthFailed),
+            Just(ErrorCode::RateLimited),
+            Just(ErrorCode::Protocol),
+            Just(ErrorCode::Stale)
+        ]
+        .prop_map(|code| refusal(code, Duration::from_secs(3))),
+    ];
+    let input = prop_oneof![
+        4 => Just(Input::Connected),
+        1 => Just(Input::Disconnected),
+        12 => message.prop_map(Input::Message),
+        1 => proptest::collection::vec(any::<u8>(), 0..60).prop_map(Input::Bytes),
+        4 => prop_oneof![Just(0), Just(1), Just(10), Just(40)].prop_map(Input::Wait),
+        1 => Just(Input::NetworkChanged),
+        1 => (1..20_u64).prop_map(Input::Publish),
+    ];
+    proptest::collection::vec(input, 1..80)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever a server or a carrier does: each attempt ends once, the next one is always planned, and nothing piles up.
+    #[test]
+    fn any_input_leaves_one_attempt_or_one_plan(inputs in inputs(), proxied: bool) {
+        let mut now = at(0);
+        let mut client = Client::new(ClientConfig { proxied, ..client_config(1) }, SEED, now);
+        let (mut dials, mut losses) = (0, 0);
+        for input in inputs {
+            match input {
+                Input::Connected => client.handle_connected(EXPORTER, now),
+                Input::Disconnected => client.handle_disconnected("connection reset", now),
+                Input::Message(message) => receive(&mut client, &message, now),
+                Input::Bytes(bytes) => client.handle_message(&bytes, now),
+                Input::Wait(seconds) => {
+                    now += Duration::from_secs(seconds);
+                    client.handle_timeout(now);
+                }
+                Input::NetworkChanged => client.handle_network_changed(now),
+                Input::Publish(seq) => client.publish(record(1, seq), now),
+            }
+            for event in events(&mut client) {
+                match event {
+                    ClientEvent::Dial => dials += 1,
+                    ClientEvent::Lost { retry_in, reason } => {
+                        losses += 1;
+                        prop_assert!(retry_in >= RECONNECT_MIN / 2, "{}", reason);
+                    }
+                    _ => {}
+                }
+            }
+            let open = u32::from(!matches!(client.state(), ClientState::Waiting { .. }));
+            prop_assert_eq!(dials - losses, open);
+            prop_assert!(client.poll_timeout().is_some());
+            prop_assert!(sent(&mut client).len() <= 4);
+        }
     }
 }

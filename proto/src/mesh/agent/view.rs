@@ -148,6 +148,8 @@ pub(super) fn step(action: &Action) -> String {
         Action::RemoveRule(family) => format!("remove routing rule ({})", family_name(*family)),
         Action::LoosenRpFilter { link } => format!("set rp_filter of {link} to 2"),
         Action::RestoreRpFilter { link } => format!("restore rp_filter of {link}"),
+        Action::SetMssClamp => "set the MSS clamp".to_owned(),
+        Action::RemoveMssClamp => "remove the MSS clamp".to_owned(),
     }
 }
 
