@@ -7,9 +7,11 @@
 
 pub mod addr;
 pub mod allowed_ips;
+pub mod config;
 pub mod host_name;
 pub mod id;
 pub mod key;
 pub mod limits;
 pub mod nat;
 pub mod time;
+pub mod token;

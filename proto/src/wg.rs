@@ -16,7 +16,7 @@ pub const MIN_BUFFER: usize = 148;
 /// A tunnel to one peer. Every method writes at most one datagram or packet into `dst`; a `dst` that is too short loses the
 /// input ([`DropReason::ShortBuffer`]) and never panics.
 pub trait Tunnel: Send {
-    /// Seals one inner IP packet. Without a session the packet is queued (bounded, oldest dropped) and a handshake starts.
+    /// Seals one inner IP packet. Without a session the packet is queued (bounded) and a handshake starts.
     fn seal<'a>(&mut self, packet: &[u8], dst: &'a mut [u8], now: Instant) -> Sealed<'a>;
 
     /// Opens one datagram that was addressed to this tunnel.

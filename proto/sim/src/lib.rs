@@ -1,1 +1,5 @@
 //! Placeholder.
+//!
+
+pub mod conformance;
+pub mod tunnel;
