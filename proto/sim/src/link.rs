@@ -72,7 +72,7 @@ impl Links {
         if self.chance(loss) {
             return [None, None];
         }
-        let mut delay = |links: &mut Self| {
+        let delay = |links: &mut Self| {
             let held = if links.chance(links.weather.reordered) {
                 distance * 3
             } else {

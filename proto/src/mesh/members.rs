@@ -147,14 +147,23 @@ impl Members {
         Ok(admission)
     }
 
-    /// The whole listing of one server; members it does not list keep standing.
-    pub fn set_listing(&mut self, server: ServerId, listed: &BTreeSet<NodeId>) {
+    /// The whole listing of one server; members it does not list keep standing. Whether it changed who lists whom.
+    pub fn set_listing(&mut self, server: ServerId, listed: &BTreeSet<NodeId>) -> bool {
+        let mut changed = false;
         for (node, member) in &mut self.members {
-            if listed.contains(node) {
-                member.listed_by.insert(server);
+            changed |= if listed.contains(node) {
+                member.listed_by.insert(server)
             } else {
-                member.listed_by.remove(&server);
-            }
+                member.listed_by.remove(&server)
+            };
+        }
+        changed
+    }
+
+    /// The servers are others from now on: what the old ones listed says nothing.
+    pub fn clear_listings(&mut self) {
+        for member in self.members.values_mut() {
+            member.listed_by.clear();
         }
     }
 
