@@ -16,10 +16,7 @@ pub const OVERLAY_V4_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(198, 19, 
 
 /// The overlay IPv6 /64 of a cluster: `fd`, then 7 bytes of SHA-256(`meshspan/v1 ula`, cluster id).
 pub fn overlay_v6_prefix(cluster_id: &str) -> [u8; 8] {
-    let hash = Sha256::new()
-        .chain_update(b"meshspan/v1 ula")
-        .chain_update(cluster_id.as_bytes())
-        .finalize();
+    let hash = Sha256::new().chain_update(b"meshspan/v1 ula").chain_update(cluster_id.as_bytes()).finalize();
     let mut prefix = [0xfd; 8];
     prefix[1..].copy_from_slice(&hash[..7]);
     prefix
@@ -37,17 +34,14 @@ pub fn overlay_v6(cluster_id: &str, node: &NodeId) -> Ipv6Addr {
 /// little-endian), its first 4 bytes big-endian modulo the pool, network and broadcast address left out.
 /// `None` for a pool with no usable host.
 pub fn overlay_v4_choice(pool: Ipv4Net, node: &NodeId, attempt: u32) -> Option<Ipv4Addr> {
-    let hosts = (1u64 << (32 - u32::from(pool.prefix_len())))
-        .checked_sub(2)
-        .filter(|hosts| *hosts > 0)?;
+    let hosts = (1u64 << (32 - u32::from(pool.prefix_len()))).checked_sub(2).filter(|hosts| *hosts > 0)?;
     let hash = Sha256::new()
         .chain_update(b"meshspan/v1 v4")
         .chain_update(node.0)
         .chain_update(attempt.to_le_bytes())
         .finalize();
     let word = u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]]);
-    let offset =
-        u32::try_from(1 + u64::from(word) % hosts).expect("the offset stays inside a 32-bit pool");
+    let offset = u32::try_from(1 + u64::from(word) % hosts).expect("the offset stays inside a 32-bit pool");
     Some(Ipv4Addr::from(u32::from(pool.network()) + offset))
 }
 
@@ -93,11 +87,7 @@ pub fn check_prefix(prefix: IpNet, allow_wide: bool) -> Result<(), PrefixRefusal
 pub fn is_routable(addr: IpAddr) -> bool {
     match addr {
         IpAddr::V4(v4) => {
-            !(v4.is_loopback()
-                || v4.is_link_local()
-                || v4.is_multicast()
-                || v4.is_broadcast()
-                || v4.octets()[0] == 0)
+            !(v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast() || v4.octets()[0] == 0)
         }
         IpAddr::V6(v6) => {
             !(v6.is_loopback()
@@ -130,18 +120,12 @@ mod tests {
             let addr = overlay_v4_choice(pool, &NodeId([9; 32]), attempt).unwrap();
             assert!(addr > pool.network() && addr < pool.broadcast(), "{addr}");
         }
-        assert_eq!(
-            overlay_v4_choice("10.9.0.0/31".parse().unwrap(), &NodeId([9; 32]), 0),
-            None
-        );
+        assert_eq!(overlay_v4_choice("10.9.0.0/31".parse().unwrap(), &NodeId([9; 32]), 0), None);
     }
 
     #[test]
     fn an_older_claim_wins_and_a_tie_goes_to_the_smaller_id() {
-        let claim = |claimed_at_ms, id| Claim {
-            claimed_at_ms,
-            node: NodeId([id; 32]),
-        };
+        let claim = |claimed_at_ms, id| Claim { claimed_at_ms, node: NodeId([id; 32]) };
         assert!(claim(1, 9) < claim(2, 1));
         assert!(claim(1, 1) < claim(1, 9));
     }
@@ -155,14 +139,7 @@ mod tests {
         assert_eq!(check("2000::/12", false), Err(PrefixRefusal::TooWide));
         assert_eq!(check("0.0.0.0/0", true), Ok(()));
         assert_eq!(check("10.0.0.0/8", false), Ok(()));
-        for text in [
-            "127.0.0.0/8",
-            "169.254.1.0/24",
-            "224.0.0.0/8",
-            "fe80::/64",
-            "ff02::1/128",
-            "::1/128",
-        ] {
+        for text in ["127.0.0.0/8", "169.254.1.0/24", "224.0.0.0/8", "fe80::/64", "ff02::1/128", "::1/128"] {
             assert_eq!(check(text, true), Err(PrefixRefusal::Unroutable), "{text}");
         }
     }

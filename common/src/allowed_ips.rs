@@ -16,10 +16,7 @@ pub struct AllowedIps<T> {
 
 impl<T> Default for AllowedIps<T> {
     fn default() -> Self {
-        Self {
-            v4: PrefixMap::new(),
-            v6: PrefixMap::new(),
-        }
+        Self { v4: PrefixMap::new(), v6: PrefixMap::new() }
     }
 }
 
@@ -34,14 +31,8 @@ impl<T> AllowedIps<T> {
 
     pub fn lookup(&self, addr: IpAddr) -> Option<&T> {
         match addr {
-            IpAddr::V4(addr) => self
-                .v4
-                .get_lpm(&Ipv4Net::from(addr))
-                .map(|(_, value)| value),
-            IpAddr::V6(addr) => self
-                .v6
-                .get_lpm(&Ipv6Net::from(addr))
-                .map(|(_, value)| value),
+            IpAddr::V4(addr) => self.v4.get_lpm(&Ipv4Net::from(addr)).map(|(_, value)| value),
+            IpAddr::V6(addr) => self.v6.get_lpm(&Ipv6Net::from(addr)).map(|(_, value)| value),
         }
     }
 }
@@ -67,9 +58,7 @@ mod tests {
 
     fn naive(entries: &BTreeMap<IpNet, u8>, addr: IpAddr) -> Option<u8> {
         let holding = entries.iter().filter(|(prefix, _)| prefix.contains(&addr));
-        holding
-            .max_by_key(|(prefix, _)| prefix.prefix_len())
-            .map(|(_, value)| *value)
+        holding.max_by_key(|(prefix, _)| prefix.prefix_len()).map(|(_, value)| *value)
     }
 
     /// Few bits vary, so that prefixes nest and collide often.
@@ -84,11 +73,8 @@ mod tests {
     }
 
     fn prefix() -> impl Strategy<Value = IpNet> {
-        (addr(), 0u8..=128).prop_map(|(addr, len)| {
-            IpNet::new(addr, if addr.is_ipv4() { len % 33 } else { len })
-                .unwrap()
-                .trunc()
-        })
+        (addr(), 0u8..=128)
+            .prop_map(|(addr, len)| IpNet::new(addr, if addr.is_ipv4() { len % 33 } else { len }).unwrap().trunc())
     }
 
     proptest! {

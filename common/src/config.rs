@@ -23,12 +23,9 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize, Serializer};
 
-pub use edit::{EditError, set_enabled};
+pub use edit::{EditError, set_cluster, set_enabled};
 pub use error::{ConfigError, ConfigErrors, Place};
-pub use values::{
-    ClusterId, EndpointFilter, ExpectedValue, FilterEntry, HostPort, InterfaceName, Pin,
-    ServerEndpoint,
-};
+pub use values::{ClusterId, EndpointFilter, ExpectedValue, FilterEntry, HostPort, InterfaceName, Pin, ServerEndpoint};
 
 use crate::addr::OVERLAY_V4_POOL;
 use crate::host_name::HostName;
@@ -44,7 +41,7 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/meshspan";
 pub const DEFAULT_SOCKET: &str = "/run/meshspan/agent.sock";
 
 /// A valid configuration with every default filled in. Serializes to the same keys it is read from, secrets hidden.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Config {
     pub mesh: Mesh,
     pub cluster: Cluster,
@@ -61,11 +58,7 @@ impl Config {
 
     /// The prefixes this node announces beside its own addresses.
     pub fn announced_prefixes(&self) -> BTreeSet<IpNet> {
-        let pods = self
-            .mesh
-            .pod_cidrs
-            .iter()
-            .filter(|_| self.mesh.advertise_kubernetes_networks);
+        let pods = self.mesh.pod_cidrs.iter().filter(|_| self.mesh.advertise_kubernetes_networks);
         pods.chain(&self.mesh.extra_prefixes).copied().collect()
     }
 }
@@ -148,10 +141,7 @@ pub struct StaticPeer {
     #[serde(serialize_with = "as_text")]
     pub public_key: WgPublicKey,
     /// Where its packets go first; without it the device has to speak first.
-    #[serde(
-        skip_serializing_if = "Option::is_none",
-        serialize_with = "option_as_text"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "option_as_text")]
     pub endpoint: Option<HostPort>,
     /// Never empty.
     #[serde(rename = "allowedIPs")]
@@ -160,15 +150,12 @@ pub struct StaticPeer {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preshared_key_file: Option<PathBuf>,
     /// Default none.
-    #[serde(
-        skip_serializing_if = "Option::is_none",
-        serialize_with = "seconds_as_text"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "seconds_as_text")]
     pub keepalive: Option<Duration>,
 }
 
 /// The section `cluster`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Cluster {
     /// Never `None` while the mesh is enabled.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -187,6 +174,12 @@ pub enum SecretSource {
     /// `cluster.secret`, the secret itself, as Talos has it.
     #[serde(rename = "secret", serialize_with = "hidden")]
     Inline(ClusterSecret),
+}
+
+impl Default for SecretSource {
+    fn default() -> Self {
+        Self::File(DEFAULT_SECRET_FILE.into())
+    }
 }
 
 /// One entry of `discovery`.
@@ -229,33 +222,19 @@ fn as_text<T: ToString, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok
     serializer.serialize_str(&value.to_string())
 }
 
-fn option_as_text<T: ToString, S: Serializer>(
-    value: &Option<T>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    value
-        .as_ref()
-        .map(ToString::to_string)
-        .serialize(serializer)
+fn option_as_text<T: ToString, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.as_ref().map(ToString::to_string).serialize(serializer)
 }
 
-fn seconds_as_text<S: Serializer>(
-    value: &Option<Duration>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    value
-        .map(|value| format!("{}s", value.as_secs()))
-        .serialize(serializer)
+fn seconds_as_text<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.map(|value| format!("{}s", value.as_secs())).serialize(serializer)
 }
 
 fn ids_as_text<S: Serializer>(ids: &BTreeSet<NodeId>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(ids.iter().map(ToString::to_string))
 }
 
-fn filter_as_text<S: Serializer>(
-    filter: &EndpointFilter,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
+fn filter_as_text<S: Serializer>(filter: &EndpointFilter, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(filter.0.iter().map(ToString::to_string))
 }
 

@@ -18,12 +18,7 @@ pub struct HostNameError;
 impl HostName {
     /// Takes the first label of what the operating system calls the host, lower-cased.
     pub fn from_system(name: &str) -> Result<Self, HostNameError> {
-        Self::try_from(
-            name.split('.')
-                .next()
-                .unwrap_or_default()
-                .to_ascii_lowercase(),
-        )
+        Self::try_from(name.split('.').next().unwrap_or_default().to_ascii_lowercase())
     }
 
     pub fn as_str(&self) -> &str {
@@ -72,25 +67,9 @@ mod tests {
         for good in ["a", "node-1", "0", &"x".repeat(63)] {
             assert!(HostName::try_from(good.to_owned()).is_ok(), "{good}");
         }
-        for bad in [
-            "",
-            "-a",
-            "a-",
-            "A",
-            "a b",
-            "a.b",
-            "a\u{1b}[31m",
-            "\n",
-            "é",
-            &"x".repeat(64),
-        ] {
+        for bad in ["", "-a", "a-", "A", "a b", "a.b", "a\u{1b}[31m", "\n", "é", &"x".repeat(64)] {
             assert!(HostName::try_from(bad.to_owned()).is_err(), "{bad:?}");
         }
-        assert_eq!(
-            HostName::from_system("Node-1.example.org")
-                .unwrap()
-                .as_str(),
-            "node-1"
-        );
+        assert_eq!(HostName::from_system("Node-1.example.org").unwrap().as_str(), "node-1");
     }
 }

@@ -48,15 +48,8 @@ impl ClusterSecret {
 
     /// Reads the text form: base64 of 32 bytes, surrounding white space ignored.
     pub fn parse(text: &str) -> Result<Self, ParseSecretError> {
-        let bytes = Zeroizing::new(
-            BASE64
-                .decode(text.trim().as_bytes())
-                .map_err(|_| ParseSecretError::NotBase64)?,
-        );
-        let secret: [u8; 32] = bytes
-            .as_slice()
-            .try_into()
-            .map_err(|_| ParseSecretError::WrongLength(bytes.len()))?;
+        let bytes = Zeroizing::new(BASE64.decode(text.trim().as_bytes()).map_err(|_| ParseSecretError::NotBase64)?);
+        let secret: [u8; 32] = bytes.as_slice().try_into().map_err(|_| ParseSecretError::WrongLength(bytes.len()))?;
         if secret.iter().all(|byte| *byte == secret[0]) {
             return Err(ParseSecretError::NotRandom);
         }
@@ -111,11 +104,8 @@ impl ClusterKeys {
         let (low, high) = if a <= b { (a, b) } else { (b, a) };
         let hkdf = Hkdf::<Sha256>::new(Some(SALT), &self.psk_root.0);
         let mut key = [0; 32];
-        hkdf.expand_multi_info(
-            &[LABEL_PAIR_PSK, &low.0.0, &low.1.0, &high.0.0, &high.1.0],
-            &mut key,
-        )
-        .expect("32 bytes are within HKDF-SHA256's limit");
+        hkdf.expand_multi_info(&[LABEL_PAIR_PSK, &low.0.0, &low.1.0, &high.0.0, &high.1.0], &mut key)
+            .expect("32 bytes are within HKDF-SHA256's limit");
         PresharedKey(key)
     }
 }
@@ -172,9 +162,7 @@ impl SignKey {
 /// Whether `signature` by `public` covers `label` and `message`. Strict: no small-order keys, no malleable encodings.
 pub fn verify(public: &[u8; 32], label: &str, message: &[u8], signature: &[u8; 64]) -> bool {
     VerifyingKey::from_bytes(public)
-        .and_then(|key| {
-            key.verify_strict(&labelled(label, message), &Signature::from_bytes(signature))
-        })
+        .and_then(|key| key.verify_strict(&labelled(label, message), &Signature::from_bytes(signature)))
         .is_ok()
 }
 
@@ -185,12 +173,7 @@ pub struct WgPublicKey(pub [u8; 32]);
 impl WgPublicKey {
     /// Reads WireGuard's own text form: base64 of 32 bytes.
     pub fn parse(text: &str) -> Option<Self> {
-        BASE64
-            .decode(text.trim().as_bytes())
-            .ok()?
-            .try_into()
-            .ok()
-            .map(Self)
+        BASE64.decode(text.trim().as_bytes()).ok()?.try_into().ok().map(Self)
     }
 }
 
@@ -202,9 +185,7 @@ pub struct WgSecret {
 
 impl WgSecret {
     pub fn from_seed(seed: &[u8; 32]) -> Self {
-        Self {
-            signing: SigningKey::from_bytes(seed),
-        }
+        Self { signing: SigningKey::from_bytes(seed) }
     }
 
     pub fn seed(&self) -> Zeroizing<[u8; 32]> {
@@ -224,10 +205,7 @@ impl WgSecret {
     pub fn prove(&self, node: &NodeId) -> WgProof {
         WgProof {
             ed25519: self.signing.verifying_key().to_bytes(),
-            signature: self
-                .signing
-                .sign(&labelled(LABEL_WG_PROOF, &node.0))
-                .to_bytes(),
+            signature: self.signing.sign(&labelled(LABEL_WG_PROOF, &node.0)).to_bytes(),
         }
     }
 }
@@ -244,8 +222,7 @@ impl WgProof {
         let Ok(ed25519) = VerifyingKey::from_bytes(&self.ed25519) else {
             return false;
         };
-        ed25519.to_montgomery().to_bytes() == key.0
-            && verify(&self.ed25519, LABEL_WG_PROOF, &node.0, &self.signature)
+        ed25519.to_montgomery().to_bytes() == key.0 && verify(&self.ed25519, LABEL_WG_PROOF, &node.0, &self.signature)
     }
 }
 
@@ -283,8 +260,7 @@ fn labelled(label: &str, message: &[u8]) -> Vec<u8> {
 
 fn expand(hkdf: &Hkdf<Sha256>, label: &[u8]) -> [u8; 32] {
     let mut key = [0; 32];
-    hkdf.expand(label, &mut key)
-        .expect("32 bytes are within HKDF-SHA256's limit");
+    hkdf.expand(label, &mut key).expect("32 bytes are within HKDF-SHA256's limit");
     key
 }
 
@@ -301,10 +277,7 @@ mod tests {
     #[test]
     fn wireguard_key_is_the_same_by_both_roads() {
         let wg = WgSecret::from_seed(&[7; 32]);
-        assert_eq!(
-            x25519_dalek::PublicKey::from(&wg.x25519()).to_bytes(),
-            wg.public().0
-        );
+        assert_eq!(x25519_dalek::PublicKey::from(&wg.x25519()).to_bytes(), wg.public().0);
     }
 
     #[test]
@@ -319,9 +292,7 @@ mod tests {
 
     #[test]
     fn pair_psk_is_symmetric_and_differs_by_pair_and_cluster() {
-        let (a, b, c) = [1, 2, 3]
-            .map(|n| (NodeId([n; 32]), WgPublicKey([n; 32])))
-            .into();
+        let (a, b, c) = [1, 2, 3].map(|n| (NodeId([n; 32]), WgPublicKey([n; 32]))).into();
         let keys = secret(9).derive();
         assert_eq!(keys.pair_psk(a, b), keys.pair_psk(b, a));
         assert_ne!(keys.pair_psk(a, b), keys.pair_psk(a, c));
@@ -330,23 +301,11 @@ mod tests {
 
     #[test]
     fn secret_text_names_what_is_wrong() {
-        assert_eq!(
-            ClusterSecret::parse("not base64!").unwrap_err(),
-            ParseSecretError::NotBase64
-        );
-        assert_eq!(
-            ClusterSecret::parse("AAAA").unwrap_err(),
-            ParseSecretError::WrongLength(3)
-        );
-        assert_eq!(
-            ClusterSecret::parse(&BASE64.encode(&[5; 32])).unwrap_err(),
-            ParseSecretError::NotRandom
-        );
+        assert_eq!(ClusterSecret::parse("not base64!").unwrap_err(), ParseSecretError::NotBase64);
+        assert_eq!(ClusterSecret::parse("AAAA").unwrap_err(), ParseSecretError::WrongLength(3));
+        assert_eq!(ClusterSecret::parse(&BASE64.encode(&[5; 32])).unwrap_err(), ParseSecretError::NotRandom);
         let text = secret(3).to_text();
-        assert_eq!(
-            ClusterSecret::parse(&format!(" {}\n", *text)).unwrap(),
-            secret(3)
-        );
+        assert_eq!(ClusterSecret::parse(&format!(" {}\n", *text)).unwrap(), secret(3));
     }
 
     #[test]
@@ -360,10 +319,7 @@ mod tests {
             WgSecret::from_seed(&canary),
             PresharedKey(canary)
         );
-        assert!(
-            !shown.contains("canary") && !shown.contains("99, 97, 110"),
-            "{shown}"
-        );
+        assert!(!shown.contains("canary") && !shown.contains("99, 97, 110"), "{shown}");
         assert!(shown.contains("hidden"));
     }
 
@@ -371,23 +327,8 @@ mod tests {
     fn a_signature_is_bound_to_its_label() {
         let key = SignKey::from_seed(&[1; 32]);
         let signature = key.sign("meshspan/v1 a", b"message");
-        assert!(verify(
-            &key.public(),
-            "meshspan/v1 a",
-            b"message",
-            &signature
-        ));
-        assert!(!verify(
-            &key.public(),
-            "meshspan/v1 b",
-            b"message",
-            &signature
-        ));
-        assert!(!verify(
-            &key.public(),
-            "meshspan/v1 a",
-            b"massage",
-            &signature
-        ));
+        assert!(verify(&key.public(), "meshspan/v1 a", b"message", &signature));
+        assert!(!verify(&key.public(), "meshspan/v1 b", b"message", &signature));
+        assert!(!verify(&key.public(), "meshspan/v1 a", b"massage", &signature));
     }
 }

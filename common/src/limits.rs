@@ -40,9 +40,9 @@ pub const MAX_FAILED_PROOFS_PER_MINUTE: u32 = 10;
 pub const MAX_QUEUED_REPLIES: usize = 16;
 
 /// Both ends of a session send something at least this often.
-pub const SESSION_KEEPALIVE: Duration = Duration::from_secs(10);
+pub const SESSION_KEEPALIVE: Duration = Duration::from_secs(5);
 /// A session with nothing received for this long is dead.
-pub const SESSION_IDLE: Duration = Duration::from_secs(30);
+pub const SESSION_IDLE: Duration = Duration::from_secs(15);
 /// First and longest pause between attempts to reach a server; every pause is drawn between half and all of it.
 pub const RECONNECT_MIN: Duration = Duration::from_millis(500);
 pub const RECONNECT_MAX: Duration = Duration::from_secs(30);

@@ -51,9 +51,6 @@ mod tests {
         let late = Instant::from_origin(Duration::MAX);
         assert_eq!(late + Duration::from_secs(1), late);
         assert_eq!(Instant::ORIGIN.since(late), Duration::ZERO);
-        assert_eq!(
-            (Instant::ORIGIN + Duration::from_millis(5)).since(Instant::ORIGIN),
-            Duration::from_millis(5)
-        );
+        assert_eq!((Instant::ORIGIN + Duration::from_millis(5)).since(Instant::ORIGIN), Duration::from_millis(5));
     }
 }

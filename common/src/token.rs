@@ -82,48 +82,28 @@ impl ServerToken {
         if body.servers.is_empty() {
             return Err(TokenError::Content);
         }
-        Ok(Self {
-            servers: body.servers,
-        })
+        Ok(Self { servers: body.servers })
     }
 
     pub fn to_text(&self) -> String {
-        seal(
-            SERVER,
-            &ServerBody {
-                servers: self.servers.clone(),
-            },
-        )
-        .to_string()
+        seal(SERVER, &ServerBody { servers: self.servers.clone() }).to_string()
     }
 }
 
 impl JoinToken {
     pub fn parse(text: &str) -> Result<Self, TokenError> {
         let body: JoinBody = open(text, JOIN, TokenError::JoinTokenNeeded)?;
-        let secret =
-            ClusterSecret::parse(&Zeroizing::new(body.secret)).map_err(|_| TokenError::Content)?;
+        let secret = ClusterSecret::parse(&Zeroizing::new(body.secret)).map_err(|_| TokenError::Content)?;
         if body.servers.is_empty() {
             return Err(TokenError::Content);
         }
-        Ok(Self {
-            servers: body.servers,
-            cluster_id: body.cluster,
-            secret,
-        })
+        Ok(Self { servers: body.servers, cluster_id: body.cluster, secret })
     }
 
     /// The text form, which holds the cluster secret.
     pub fn to_text(&self) -> Zeroizing<String> {
         let secret = self.secret.to_text();
-        seal(
-            JOIN,
-            &JoinBodyRef {
-                servers: &self.servers,
-                cluster: &self.cluster_id,
-                secret: &secret,
-            },
-        )
+        seal(JOIN, &JoinBodyRef { servers: &self.servers, cluster: &self.cluster_id, secret: &secret })
     }
 }
 
@@ -139,8 +119,7 @@ impl fmt::Debug for JoinToken {
 /// Whether text is meant as a token, damaged or not: such text must not be taken for a file name.
 pub fn looks_like_token(text: &str) -> bool {
     let text = text.trim_start();
-    text.starts_with("mss") && version_follows(text)
-        || text.starts_with("msj") && version_follows(text)
+    text.starts_with("mss") && version_follows(text) || text.starts_with("msj") && version_follows(text)
 }
 
 fn version_follows(text: &str) -> bool {
@@ -150,11 +129,8 @@ fn version_follows(text: &str) -> bool {
 }
 
 fn seal(prefix: &str, body: &impl Serialize) -> Zeroizing<String> {
-    let json =
-        Zeroizing::new(serde_json::to_vec(body).expect("strings and lists always serialize"));
-    let mut text = Zeroizing::new(String::with_capacity(
-        prefix.len() + json.len() * 4 / 3 + 16,
-    ));
+    let json = Zeroizing::new(serde_json::to_vec(body).expect("strings and lists always serialize"));
+    let mut text = Zeroizing::new(String::with_capacity(prefix.len() + json.len() * 4 / 3 + 16));
     text.push_str(prefix);
     BASE64URL_NOPAD.encode_append(&json, &mut text);
     let checksum = checksum(&text);
@@ -163,33 +139,20 @@ fn seal(prefix: &str, body: &impl Serialize) -> Zeroizing<String> {
     text
 }
 
-fn open<T: for<'de> Deserialize<'de>>(
-    text: &str,
-    prefix: &str,
-    other_kind: TokenError,
-) -> Result<T, TokenError> {
+fn open<T: for<'de> Deserialize<'de>>(text: &str, prefix: &str, other_kind: TokenError) -> Result<T, TokenError> {
     if text.len() > MAX_LEN {
         return Err(TokenError::NotAToken);
     }
-    let text: Zeroizing<String> =
-        Zeroizing::new(text.chars().filter(|c| !c.is_whitespace()).collect());
+    let text: Zeroizing<String> = Zeroizing::new(text.chars().filter(|c| !c.is_whitespace()).collect());
     if !text.starts_with(SERVER) && !text.starts_with(JOIN) {
-        return Err(if looks_like_token(&text) {
-            TokenError::NewerVersion
-        } else {
-            TokenError::NotAToken
-        });
+        return Err(if looks_like_token(&text) { TokenError::NewerVersion } else { TokenError::NotAToken });
     }
     let (sealed, given) = text.rsplit_once('.').ok_or(TokenError::Checksum)?;
     if sealed.len() < SERVER.len() || checksum(sealed) != given {
         return Err(TokenError::Checksum);
     }
     let body = sealed.strip_prefix(prefix).ok_or(other_kind)?;
-    let json = Zeroizing::new(
-        BASE64URL_NOPAD
-            .decode(body.as_bytes())
-            .map_err(|_| TokenError::Content)?,
-    );
+    let json = Zeroizing::new(BASE64URL_NOPAD.decode(body.as_bytes()).map_err(|_| TokenError::Content)?);
     serde_json::from_slice(&json).map_err(|_| TokenError::Content)
 }
 
@@ -214,11 +177,7 @@ mod tests {
     }
 
     fn join_token() -> JoinToken {
-        JoinToken {
-            servers: servers(),
-            cluster_id: "home".parse().unwrap(),
-            secret: ClusterSecret::from_bytes(CANARY),
-        }
+        JoinToken { servers: servers(), cluster_id: "home".parse().unwrap(), secret: ClusterSecret::from_bytes(CANARY) }
     }
 
     #[test]
@@ -226,36 +185,20 @@ mod tests {
         let server = ServerToken { servers: servers() };
         assert_eq!(ServerToken::parse(&server.to_text()).unwrap(), server);
         let text = join_token().to_text();
-        let wrapped: String = text
-            .as_bytes()
-            .chunks(60)
-            .map(|line| format!("  {}\r\n", str::from_utf8(line).unwrap()))
-            .collect();
+        let wrapped: String =
+            text.as_bytes().chunks(60).map(|line| format!("  {}\r\n", str::from_utf8(line).unwrap())).collect();
         assert_eq!(JoinToken::parse(&wrapped).unwrap(), join_token());
     }
 
     #[test]
     fn the_text_form_is_stable() {
-        let token = ServerToken {
-            servers: servers()[..1].to_vec(),
-        };
-        let (sealed, checksum) = token
-            .to_text()
-            .rsplit_once('.')
-            .map(|(a, b)| (a.to_owned(), b.to_owned()))
-            .unwrap();
-        let json = BASE64URL_NOPAD
-            .decode(sealed.strip_prefix("mss1.").unwrap().as_bytes())
-            .unwrap();
+        let token = ServerToken { servers: servers()[..1].to_vec() };
+        let (sealed, checksum) = token.to_text().rsplit_once('.').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+        let json = BASE64URL_NOPAD.decode(sealed.strip_prefix("mss1.").unwrap().as_bytes()).unwrap();
         let pin = "07".repeat(32);
-        let expected = format!(
-            r#"{{"servers":[{{"endpoint":"https://one.example:7443","pin":"sha256:{pin}"}}]}}"#
-        );
+        let expected = format!(r#"{{"servers":[{{"endpoint":"https://one.example:7443","pin":"sha256:{pin}"}}]}}"#);
         assert_eq!(String::from_utf8(json).unwrap(), expected);
-        assert_eq!(
-            checksum,
-            HEXLOWER.encode(&Sha256::digest(sealed.as_bytes())[..4])
-        );
+        assert_eq!(checksum, HEXLOWER.encode(&Sha256::digest(sealed.as_bytes())[..4]));
     }
 
     #[test]
@@ -264,10 +207,7 @@ mod tests {
         for at in 0..text.len() {
             let mut typo = text.as_bytes().to_vec();
             typo[at] = if typo[at] == b'a' { b'b' } else { b'a' };
-            assert!(
-                JoinToken::parse(str::from_utf8(&typo).unwrap()).is_err(),
-                "character {at}"
-            );
+            assert!(JoinToken::parse(str::from_utf8(&typo).unwrap()).is_err(), "character {at}");
             assert!(JoinToken::parse(&text[..at]).is_err(), "cut at {at}");
         }
         let mut typo = text.to_string();
@@ -280,27 +220,12 @@ mod tests {
         let server = ServerToken { servers: servers() }.to_text();
         let join = join_token().to_text();
         assert_eq!(JoinToken::parse(&server), Err(TokenError::JoinTokenNeeded));
-        assert_eq!(
-            ServerToken::parse(&join),
-            Err(TokenError::ServerTokenNeeded)
-        );
+        assert_eq!(ServerToken::parse(&join), Err(TokenError::ServerTokenNeeded));
         for text in ["", "hello", "mss1", "/etc/meshspan/token"] {
-            assert_eq!(
-                ServerToken::parse(text),
-                Err(TokenError::NotAToken),
-                "{text}"
-            );
+            assert_eq!(ServerToken::parse(text), Err(TokenError::NotAToken), "{text}");
         }
-        assert_eq!(
-            ServerToken::parse(&server.replace("mss1.", "mss2.")),
-            Err(TokenError::NewerVersion)
-        );
-        for json in [
-            r#"{"servers":[]}"#,
-            "{}",
-            "[]",
-            r#"{"servers":[{"endpoint":"http://a:1","pin":"x"}]}"#,
-        ] {
+        assert_eq!(ServerToken::parse(&server.replace("mss1.", "mss2.")), Err(TokenError::NewerVersion));
+        for json in [r#"{"servers":[]}"#, "{}", "[]", r#"{"servers":[{"endpoint":"http://a:1","pin":"x"}]}"#] {
             let sealed = format!("mss1.{}", BASE64URL_NOPAD.encode(json.as_bytes()));
             assert_eq!(
                 ServerToken::parse(&format!("{sealed}.{}", checksum(&sealed))),
@@ -308,22 +233,14 @@ mod tests {
                 "{json}"
             );
         }
-        assert_eq!(
-            ServerToken::parse("mss1.\u{1f600}.zz"),
-            Err(TokenError::Checksum)
-        );
-        assert_eq!(
-            ServerToken::parse(&"mss1.".repeat(9000)),
-            Err(TokenError::NotAToken)
-        );
+        assert_eq!(ServerToken::parse("mss1.\u{1f600}.zz"), Err(TokenError::Checksum));
+        assert_eq!(ServerToken::parse(&"mss1.".repeat(9000)), Err(TokenError::NotAToken));
     }
 
     #[test]
     fn tokens_are_told_from_file_names() {
         assert!(looks_like_token(&join_token().to_text()));
-        assert!(looks_like_token(
-            &ServerToken { servers: servers() }.to_text()[..40]
-        ));
+        assert!(looks_like_token(&ServerToken { servers: servers() }.to_text()[..40]));
         for name in ["token", "mss1.txt", "/tmp/msj1.token", "msj1.", "", "ms"] {
             assert!(!looks_like_token(name), "{name}");
         }
@@ -332,9 +249,6 @@ mod tests {
     #[test]
     fn debug_hides_the_secret() {
         let shown = format!("{:?}", join_token());
-        assert!(
-            !shown.contains("canary") && !shown.contains(&*join_token().secret.to_text()),
-            "{shown}"
-        );
+        assert!(!shown.contains("canary") && !shown.contains(&*join_token().secret.to_text()), "{shown}");
     }
 }

@@ -1,1 +1,7 @@
-fn main() {}
+//! `mesh-agent`: everything is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mesh_agent::cli::main()
+}

@@ -1,1 +1,31 @@
-//! Placeholder.
+//! A lab in network namespaces: hosts, links, traffic, captures and dumps made by system calls and netlink, around the
+//! real `mesh-agent` and `discovery-server` binaries.
+//!
+//! Reads from the ground up: [`isolation`] decides whether this process may make namespaces at all, [`lab`] owns what a
+//! run creates and removes it, [`host`] is one namespace, [`link`] wires hosts together, [`process`] runs programs in
+//! them, [`traffic`], [`capture`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes on sites, [`checks`] says what they must do,
+//! and [`demo`] is the newcomer's tour.
+//!
+//! Refuses to know the inside of the programs under test: it drives them through their command lines, their config
+//! files and packets. It runs no network tool (`ip`, `nft`, `wg`, `tcpdump`).
+
+pub mod binaries;
+pub mod capture;
+pub mod checks;
+pub mod demo;
+pub mod host;
+pub mod isolation;
+pub mod lab;
+pub mod link;
+pub mod mesh;
+pub mod process;
+pub mod snapshot;
+pub mod traffic;
+pub mod wait;
+
+pub use capture::{Capture, Counts, Marker, Watch};
+pub use host::Host;
+pub use isolation::{Entry, Unavailable, enter_or_skip};
+pub use lab::Lab;
+pub use mesh::{Mesh, MeshOptions};
+pub use snapshot::Snapshot;

@@ -21,6 +21,8 @@ pub struct Desired {
     pub rules: BTreeSet<Family>,
     /// Underlay links whose reverse path filter must be loose (2), because a peer's endpoint lies inside a mesh prefix.
     pub loose_rp_filter: BTreeSet<String>,
+    /// TCP connections through the mesh link learn its MTU, also forwarded ones.
+    pub mss_clamp: bool,
 }
 
 /// What is on the host. Routes, rules and link are only those we own by name, table or priority.
@@ -36,6 +38,18 @@ pub struct Observed {
     pub underlay: Vec<UnderlayLink>,
     /// Underlay links whose filter we set to loose and have not restored.
     pub loosened: BTreeSet<String>,
+    pub mss_clamp: MssClamp,
+}
+
+/// The packet filter rules that lower the MSS of TCP connections to what fits through the mesh link.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MssClamp {
+    /// Missing, or changed by someone.
+    #[default]
+    Absent,
+    Present,
+    /// The kernel has no nf_tables, or not the parts we need: large packets then depend on path MTU discovery.
+    Unsupported,
 }
 
 /// The mesh link.
@@ -66,7 +80,8 @@ pub struct PeerSpec {
     pub preshared_key: Option<PresharedKey>,
     pub allowed_ips: BTreeSet<IpNet>,
     pub keepalive: Option<Duration>,
-    /// Changes when the peer's agent restarted: its tunnel is made anew, so that a clock that went back cannot lock it out.
+    /// Another number asks for another tunnel: after a restart of the peer's agent, so that a clock that went back cannot
+    /// lock it out.
     pub generation: u64,
 }
 
@@ -80,10 +95,7 @@ pub struct Route {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RouteKind {
     /// `dev mesh0`, metric [`Self::DEV_METRIC`], the source address hint of the route's family, MTU unless the link's.
-    Dev {
-        mtu: Option<u16>,
-        source: Option<IpAddr>,
-    },
+    Dev { mtu: Option<u16>, source: Option<IpAddr> },
     /// The fail-closed floor: `unreachable` at the worst metric.
     Unreachable,
     /// Falls through to the other tables: bypass while a peer is down.
@@ -134,6 +146,9 @@ pub enum Action {
     RestoreRpFilter {
         link: String,
     },
+    /// Sets the rules that clamp the MSS on the mesh link, in place of what stands in our table.
+    SetMssClamp,
+    RemoveMssClamp,
 }
 
 /// Where the packets of a peer go.

@@ -7,3 +7,6 @@ pub mod client;
 pub mod limits;
 pub mod server;
 pub mod store;
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,8 @@
 
 pub mod device;
 pub mod discovery;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod mesh;
 pub mod path;
 pub mod random;

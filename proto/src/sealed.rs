@@ -53,14 +53,7 @@ pub fn seal(
         Some(record) => (Kind::Record, record.encode()?),
         None => (Kind::Tombstone, Vec::new()),
     };
-    let mut sealed = pad(&body)?;
-    let ciphertext_len = u16::try_from(sealed.len() + TAG_LEN).expect("the largest ciphertext fits a u16");
-    let header = Frame::header(kind, &keys.namespace, &identity.node_id(), seq, &nonce, ciphertext_len);
-    let tag = cipher(keys)
-        .encrypt_in_place_detached(&nonce.into(), &header, &mut sealed)
-        .expect("a few kilobytes are within the cipher's limit");
-    sealed.extend_from_slice(&tag);
-    Ok(Frame::assemble(header, &sealed, identity))
+    Ok(encrypt(keys, identity, kind, seq, nonce, pad(&body)?))
 }
 
 /// Opens a frame. `cluster_id` is what overlay addresses are derived from.
@@ -104,6 +97,18 @@ fn check_claims(record: &Record, cluster_id: &str, node: &NodeId) -> Result<(), 
 
 const TAG_LEN: usize = 16;
 const LEN_LEN: usize = 2;
+
+/// A signed frame around this plaintext.
+fn encrypt(keys: &ClusterKeys, identity: &SignKey, kind: Kind, seq: u64, nonce: [u8; 24], plaintext: Vec<u8>) -> Frame {
+    let mut sealed = plaintext;
+    let ciphertext_len = u16::try_from(sealed.len() + TAG_LEN).expect("the largest ciphertext fits a u16");
+    let header = Frame::header(kind, &keys.namespace, &identity.node_id(), seq, &nonce, ciphertext_len);
+    let tag = cipher(keys)
+        .encrypt_in_place_detached(&nonce.into(), &header, &mut sealed)
+        .expect("a few kilobytes are within the cipher's limit");
+    sealed.extend_from_slice(&tag);
+    Frame::assemble(header, &sealed, identity)
+}
 
 fn cipher(keys: &ClusterKeys) -> XChaCha20Poly1305 {
     XChaCha20Poly1305::new(keys.record.as_bytes().into())

@@ -13,20 +13,14 @@ use mesh_common::time::Instant;
 pub const OVERHEAD: usize = 32;
 pub const MIN_BUFFER: usize = 148;
 
-/// A tunnel to one peer. Every method writes at most one datagram or packet into `dst`; a `dst` that is too short loses the
+/// A tunnel to one peer. Every method writes at most one datagram or packet to the beginning of `dst`; a `dst` that is too short loses the
 /// input ([`DropReason::ShortBuffer`]) and never panics.
 pub trait Tunnel: Send {
     /// Seals one inner IP packet. Without a session the packet is queued (bounded) and a handshake starts.
     fn seal<'a>(&mut self, packet: &[u8], dst: &'a mut [u8], now: Instant) -> Sealed<'a>;
 
     /// Opens one datagram that was addressed to this tunnel.
-    fn open<'a>(
-        &mut self,
-        datagram: &[u8],
-        source: IpAddr,
-        dst: &'a mut [u8],
-        now: Instant,
-    ) -> Opened<'a>;
+    fn open<'a>(&mut self, datagram: &[u8], source: IpAddr, dst: &'a mut [u8], now: Instant) -> Opened<'a>;
 
     /// Gives the next packet that was queued while there was no session; call until `None` after a handshake.
     fn flush<'a>(&mut self, dst: &'a mut [u8], now: Instant) -> Option<&'a [u8]>;

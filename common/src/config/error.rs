@@ -39,29 +39,14 @@ pub enum ConfigError {
     #[error("{place}: {what}")]
     Yaml { place: Place, what: String },
     #[error("{place}: unknown key `{key}` in {section}{}", Nearest(nearest))]
-    UnknownKey {
-        place: Place,
-        key: String,
-        section: String,
-        nearest: Option<&'static str>,
-    },
+    UnknownKey { place: Place, key: String, section: String, nearest: Option<&'static str> },
     /// `value` is as written, or `(hidden)`.
     #[error("{place}: `{key}` is {value}, {fix}")]
-    BadValue {
-        place: Place,
-        key: String,
-        value: String,
-        fix: String,
-    },
+    BadValue { place: Place, key: String, value: String, fix: String },
     #[error("`{key}` is missing: {fix}")]
     Missing { key: String, fix: String },
     #[error("{place}: `{key}` says again what `{first_key}` on line {} says: keep one of the two", first.line)]
-    Twice {
-        place: Place,
-        key: String,
-        first: Place,
-        first_key: String,
-    },
+    Twice { place: Place, key: String, first: Place, first_key: String },
 }
 
 impl ConfigError {

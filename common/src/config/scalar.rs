@@ -32,42 +32,24 @@ pub(super) struct Section<'n> {
 
 impl<'n> Section<'n> {
     pub(super) fn path_of(&self, key: &str) -> String {
-        if self.path.is_empty() {
-            key.to_owned()
-        } else {
-            format!("{}.{key}", self.path)
-        }
+        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
 
     pub(super) fn get(&self, key: &'static str) -> Option<&'n Node> {
-        self.entries
-            .iter()
-            .find(|(name, _)| *name == key)
-            .map(|(_, node)| *node)
+        self.entries.iter().find(|(name, _)| *name == key).map(|(_, node)| *node)
     }
 }
 
 impl<'t> Reader<'t> {
     /// Takes a node as a section; reports what is not in `known`. An empty value is an empty section.
-    pub(super) fn section<'n>(
-        &mut self,
-        node: &'n Node,
-        path: &str,
-        known: &[&'static str],
-    ) -> Section<'n> {
-        let mut section = Section {
-            path: path.to_owned(),
-            entries: Vec::new(),
-        };
+    pub(super) fn section<'n>(&mut self, node: &'n Node, path: &str, known: &[&'static str]) -> Section<'n> {
+        let mut section = Section { path: path.to_owned(), entries: Vec::new() };
         let entries = match &node.value {
             Value::Section(entries) => entries.as_slice(),
             Value::Null => &[],
             _ if path.is_empty() => {
                 let what = "this is not a configuration: expected keys such as `mesh:`".to_owned();
-                self.errors.push(ConfigError::Yaml {
-                    place: node.place,
-                    what,
-                });
+                self.errors.push(ConfigError::Yaml { place: node.place, what });
                 &[]
             }
             _ => {
@@ -82,11 +64,7 @@ impl<'t> Reader<'t> {
                 None => self.errors.push(ConfigError::UnknownKey {
                     place: key.place,
                     key: visible(name),
-                    section: if path.is_empty() {
-                        "the top level".to_owned()
-                    } else {
-                        format!("`{path}`")
-                    },
+                    section: if path.is_empty() { "the top level".to_owned() } else { format!("`{path}`") },
                     nearest: nearest(name, known),
                 }),
             }
@@ -100,23 +78,13 @@ impl<'t> Reader<'t> {
         key: &'static str,
         known: &[&'static str],
     ) -> Option<Section<'n>> {
-        section
-            .get(key)
-            .map(|node| self.section(node, &section.path_of(key), known))
+        section.get(key).map(|node| self.section(node, &section.path_of(key), known))
     }
 
-    pub(super) fn boolean(
-        &mut self,
-        section: &Section<'_>,
-        key: &'static str,
-    ) -> Option<Setting<bool>> {
+    pub(super) fn boolean(&mut self, section: &Section<'_>, key: &'static str) -> Option<Setting<bool>> {
         let node = section.get(key)?;
         match node.value {
-            Value::Bool(value) => Some(Setting {
-                value,
-                key: section.path_of(key),
-                place: node.place,
-            }),
+            Value::Bool(value) => Some(Setting { value, key: section.path_of(key), place: node.place }),
             _ => {
                 self.bad(node, &section.path_of(key), "write true or false");
                 None
@@ -132,20 +100,14 @@ impl<'t> Reader<'t> {
     ) -> Option<Setting<u16>> {
         let node = section.get(key)?;
         let number = match node.value {
-            Value::Int(value) => u16::try_from(value)
-                .ok()
-                .filter(|value| range.contains(value)),
+            Value::Int(value) => u16::try_from(value).ok().filter(|value| range.contains(value)),
             _ => None,
         };
         if number.is_none() {
             let fix = format!("write a number from {} to {}", range.start(), range.end());
             self.bad(node, &section.path_of(key), &fix);
         }
-        number.map(|value| Setting {
-            value,
-            key: section.path_of(key),
-            place: node.place,
-        })
+        number.map(|value| Setting { value, key: section.path_of(key), place: node.place })
     }
 
     pub(super) fn text<T, E: ToString>(
@@ -157,11 +119,7 @@ impl<'t> Reader<'t> {
         let node = section.get(key)?;
         let path = section.path_of(key);
         let value = self.element(node, &path, parse)?;
-        Some(Setting {
-            value,
-            key: path,
-            place: node.place,
-        })
+        Some(Setting { value, key: path, place: node.place })
     }
 
     /// A list of scalars. An empty value is an empty list; a lone scalar is no list.
@@ -179,11 +137,7 @@ impl<'t> Reader<'t> {
             .enumerate()
             .filter_map(|(n, item)| self.element(item, &format!("{path}[{n}]"), &parse))
             .collect();
-        Some(Setting {
-            value,
-            key: path,
-            place: node.place,
-        })
+        Some(Setting { value, key: path, place: node.place })
     }
 
     pub(super) fn items<'n>(&mut self, node: &'n Node, path: &str) -> &'n [Node] {
@@ -223,43 +177,25 @@ impl<'t> Reader<'t> {
             Value::Section(_) => "a section".to_owned(),
             _ if may_hold_secret(path) => "(hidden)".to_owned(),
             Value::Text(text) => format!("\"{}\"", visible(text)),
-            Value::Bool(_) | Value::Int(_) | Value::Float => {
-                visible(node.scalar(self.text).unwrap_or_default())
-            }
+            Value::Bool(_) | Value::Int(_) | Value::Float => visible(node.scalar(self.text).unwrap_or_default()),
         };
-        self.errors.push(ConfigError::BadValue {
-            place: node.place,
-            key: path.to_owned(),
-            value,
-            fix: fix.to_owned(),
-        });
+        self.errors.push(ConfigError::BadValue { place: node.place, key: path.to_owned(), value, fix: fix.to_owned() });
     }
 }
 
 /// Keys whose value is a secret, or where people put one by mistake.
 fn may_hold_secret(path: &str) -> bool {
-    path == "cluster"
-        || path.ends_with("secret")
-        || path.ends_with("secretFile")
-        || path.ends_with("presharedKeyFile")
+    path == "cluster" || path.ends_with("secret") || path.ends_with("secretFile") || path.ends_with("presharedKeyFile")
 }
 
 /// Text for a message: short, no control characters, and nothing that could be a join token or a key.
 pub(super) fn visible(text: &str) -> String {
-    let key_like = |word: &str| {
-        BASE64
-            .decode(word.as_bytes())
-            .is_ok_and(|bytes| bytes.len() >= 32)
-    };
+    let key_like = |word: &str| BASE64.decode(word.as_bytes()).is_ok_and(|bytes| bytes.len() >= 32);
     if text.contains("msj1.") || text.split_whitespace().any(key_like) {
         return "(hidden)".to_owned();
     }
     let short: String = text.chars().take(80).flat_map(char::escape_debug).collect();
-    if text.chars().count() > 80 {
-        format!("{short}…")
-    } else {
-        short
-    }
+    if text.chars().count() > 80 { format!("{short}…") } else { short }
 }
 
 /// The known key that was most likely meant.
@@ -267,12 +203,7 @@ fn nearest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     let name = name.to_ascii_lowercase();
     known
         .iter()
-        .map(|known| {
-            (
-                strsim::osa_distance(&name, &known.to_ascii_lowercase()),
-                *known,
-            )
-        })
+        .map(|known| (strsim::osa_distance(&name, &known.to_ascii_lowercase()), *known))
         .min_by_key(|(distance, _)| *distance)
         .filter(|(distance, known)| *distance <= (known.len() / 3).max(2))
         .map(|(_, known)| known)

@@ -15,36 +15,17 @@ fn minimal() -> String {
 #[test]
 fn the_minimal_configuration_gets_every_default() {
     let config = Config::parse(&minimal()).unwrap();
-    assert_eq!(
-        config.mesh,
-        Mesh {
-            enabled: true,
-            ..Mesh::default()
-        }
-    );
+    assert_eq!(config.mesh, Mesh { enabled: true, ..Mesh::default() });
     assert_eq!((config.mesh.listen_port, config.mesh.mtu), (51872, 1420));
     assert_eq!(config.mesh.interface_name.as_str(), "mesh0");
-    assert_eq!(
-        config.cluster.secret,
-        SecretSource::File(DEFAULT_SECRET_FILE.into())
-    );
-    assert_eq!(
-        config.discovery[0].endpoint.authority().to_string(),
-        "disc.example:7443"
-    );
+    assert_eq!(config.cluster.secret, SecretSource::File(DEFAULT_SECRET_FILE.into()));
+    assert_eq!(config.discovery[0].endpoint.authority().to_string(), "disc.example:7443");
     assert_eq!(config.agent, AgentSettings::default());
 }
 
 #[test]
 fn nothing_at_all_is_a_configuration_with_the_mesh_off() {
-    for text in [
-        "",
-        "# only a comment\n",
-        "---\n",
-        "mesh:\n",
-        "mesh: {}\n",
-        "mesh:\n  enabled: false\n",
-    ] {
+    for text in ["", "# only a comment\n", "---\n", "mesh:\n", "mesh: {}\n", "mesh:\n  enabled: false\n"] {
         assert!(!Config::parse(text).unwrap().mesh.enabled, "{text:?}");
     }
 }
@@ -86,18 +67,8 @@ agent: { stateDir: /s, socket: /s/a.sock, http: "127.0.0.1:9586", logFormat: jso
 #[test]
 fn every_key_is_understood_and_shown_again_without_the_secret() {
     let config = Config::parse(EVERYTHING).unwrap();
-    assert_eq!(
-        config.mesh.static_peers[0].keepalive,
-        Some(Duration::from_secs(25))
-    );
-    assert_eq!(
-        config.mesh.static_peers[0]
-            .endpoint
-            .as_ref()
-            .unwrap()
-            .to_string(),
-        "[2001:db8::1]:51820"
-    );
+    assert_eq!(config.mesh.static_peers[0].keepalive, Some(Duration::from_secs(25)));
+    assert_eq!(config.mesh.static_peers[0].endpoint.as_ref().unwrap().to_string(), "[2001:db8::1]:51820");
     assert_eq!(config.mesh.extra_prefixes[1].to_string(), "203.0.113.9/32");
     assert_eq!(config.announced_prefixes().len(), 4);
     assert!(config.mesh.deny_nodes.contains(&NodeId([1; 32])));
@@ -110,10 +81,7 @@ fn every_key_is_understood_and_shown_again_without_the_secret() {
     assert_eq!(shown.matches(CANARY).count(), 1, "{shown}");
     let file = "secretFile: /etc/meshspan/cluster.secret";
     let again = Config::parse(&shown.replace("secret: (hidden)", file)).unwrap();
-    assert_eq!(
-        (again.mesh, again.discovery, again.agent),
-        (config.mesh, config.discovery, config.agent)
-    );
+    assert_eq!((again.mesh, again.discovery, again.agent), (config.mesh, config.discovery, config.agent));
 }
 
 #[test]
@@ -124,23 +92,13 @@ fn talos_names_mean_the_same() {
         "cluster: {{ id: c2VjcmV0, secret: {CANARY} }}\ndiscovery: [ {{ endpoint: \"https://d:1\", pin: \"{PIN}\" }} ]\n"
     );
     let machine = format!("machine: {{ network: {{ kubespan: {{ {kubespan} }} }} }}\n{rest}");
-    let document = format!(
-        "{rest}---\napiVersion: v1alpha1\nkind: KubeSpanConfig\n{}\n",
-        kubespan.replace(", ", "\n")
-    );
+    let document = format!("{rest}---\napiVersion: v1alpha1\nkind: KubeSpanConfig\n{}\n", kubespan.replace(", ", "\n"));
     let native = format!("mesh: {{ {kubespan}, podCIDRs: [10.244.0.0/24] }}\n{rest}");
     let native = Config::parse(&native).unwrap();
     assert!(native.announced_prefixes().is_empty());
     for text in [machine, document] {
         let config = Config::parse(&text).unwrap();
-        assert_eq!(
-            config.mesh,
-            Mesh {
-                pod_cidrs: Vec::new(),
-                ..native.mesh.clone()
-            },
-            "{text}"
-        );
+        assert_eq!(config.mesh, Mesh { pod_cidrs: Vec::new(), ..native.mesh.clone() }, "{text}");
         assert_eq!(config.cluster, native.cluster);
     }
 }
@@ -151,52 +109,22 @@ fn each_mistake_gets_its_message() {
     let mesh = |lines: &str| format!("mesh:\n{lines}\n");
     let twice = "line 3, column 31: `machine.network.kubespan.mtu` says again what `mesh.mtu` on line 2 says: keep one of the two";
     let table: &[(String, &str)] = &[
-        (
-            mesh("  enabld: true"),
-            "line 2, column 3: unknown key `enabld` in `mesh`: did you mean `enabled`?",
-        ),
-        (
-            mesh("  podCidrs: []"),
-            "line 2, column 3: unknown key `podCidrs` in `mesh`: did you mean `podCIDRs`?",
-        ),
-        (
-            mesh("  relay: 1"),
-            "line 2, column 3: unknown key `relay` in `mesh`",
-        ),
-        (
-            "mehs: {}".into(),
-            "line 1, column 1: unknown key `mehs` in the top level: did you mean `mesh`?",
-        ),
+        (mesh("  enabld: true"), "line 2, column 3: unknown key `enabld` in `mesh`: did you mean `enabled`?"),
+        (mesh("  podCidrs: []"), "line 2, column 3: unknown key `podCidrs` in `mesh`: did you mean `podCIDRs`?"),
+        (mesh("  relay: 1"), "line 2, column 3: unknown key `relay` in `mesh`"),
+        ("mehs: {}".into(), "line 1, column 1: unknown key `mehs` in the top level: did you mean `mesh`?"),
         (
             "discovery:\n  - endpont: x".into(),
             "line 2, column 5: unknown key `endpont` in `discovery[0]`: did you mean `endpoint`?\n\
              `discovery[0].endpoint` is missing: give the server's address, https://host:port\n\
              `discovery[0].pin` is missing: give the pin that the discovery server printed, sha256:…",
         ),
-        (
-            mesh("  enabled: yes"),
-            "line 2, column 12: `mesh.enabled` is \"yes\", write true or false",
-        ),
-        (
-            mesh("  enabled: \"true\""),
-            "line 2, column 12: `mesh.enabled` is \"true\", write true or false",
-        ),
-        (
-            mesh("  enabled:"),
-            "line 2, column 10: `mesh.enabled` is empty, write true or false",
-        ),
-        (
-            mesh("  mtu: 100"),
-            "line 2, column 8: `mesh.mtu` is 100, write a number from 1280 to 9000",
-        ),
-        (
-            mesh("  listenPort: 0"),
-            "line 2, column 15: `mesh.listenPort` is 0, write a number from 1 to 65535",
-        ),
-        (
-            mesh("  listenPort: 5 1"),
-            "line 2, column 15: `mesh.listenPort` is \"5 1\", write a number from 1 to 65535",
-        ),
+        (mesh("  enabled: yes"), "line 2, column 12: `mesh.enabled` is \"yes\", write true or false"),
+        (mesh("  enabled: \"true\""), "line 2, column 12: `mesh.enabled` is \"true\", write true or false"),
+        (mesh("  enabled:"), "line 2, column 10: `mesh.enabled` is empty, write true or false"),
+        (mesh("  mtu: 100"), "line 2, column 8: `mesh.mtu` is 100, write a number from 1280 to 9000"),
+        (mesh("  listenPort: 0"), "line 2, column 15: `mesh.listenPort` is 0, write a number from 1 to 65535"),
+        (mesh("  listenPort: 5 1"), "line 2, column 15: `mesh.listenPort` is \"5 1\", write a number from 1 to 65535"),
         (
             mesh("  hostName: Node.1"),
             "line 2, column 13: `mesh.hostName` is \"Node.1\", a host name is 1 to 63 of a-z, 0-9 and '-', without '-' at either end",
@@ -266,22 +194,15 @@ fn each_mistake_gets_its_message() {
             "line 2, column 11: `cluster.secret` says again what `cluster.secretFile` on line 3 says: keep one of the two",
         ),
         (
-            "mesh: { enabled: false,\n  mtu: 1400 }\nmachine: {network: {kubespan: {mtu: 1300}}}"
-                .into(),
+            "mesh: { enabled: false,\n  mtu: 1400 }\nmachine: {network: {kubespan: {mtu: 1300}}}".into(),
             &twice.replace("column 31", "column 37"),
         ),
         (
             "mesh:\n  mtu: 1400\n  mtu: 1300".into(),
             "line 3, column 3: the key `mtu` stands twice in its section: keep one",
         ),
-        (
-            "mesh: on".into(),
-            "line 1, column 7: `mesh` is \"on\", write keys below it",
-        ),
-        (
-            "just words".into(),
-            "line 1, column 1: this is not a configuration: expected keys such as `mesh:`",
-        ),
+        ("mesh: on".into(), "line 1, column 7: `mesh` is \"on\", write keys below it"),
+        ("just words".into(), "line 1, column 1: this is not a configuration: expected keys such as `mesh:`"),
         (
             "mesh: {}\n---\nkind: WatchdogConfig".into(),
             "line 3, column 7: `kind` is \"WatchdogConfig\", the only kind of document understood here is KubeSpanConfig: remove this document",
@@ -295,11 +216,7 @@ fn each_mistake_gets_its_message() {
     let wrong: Vec<String> = table
         .iter()
         .map(|(text, expected)| {
-            (
-                text,
-                expected,
-                Config::parse(text).map_or_else(|e| e.to_string(), |_| "accepted".into()),
-            )
+            (text, expected, Config::parse(text).map_or_else(|e| e.to_string(), |_| "accepted".into()))
         })
         .filter(|(_, expected, shown)| shown != *expected)
         .map(|(text, expected, shown)| format!("{text}\n  gives    {shown}\n  expected {expected}"))
@@ -309,26 +226,15 @@ fn each_mistake_gets_its_message() {
 
 #[test]
 fn broken_yaml_is_placed() {
-    for (text, line) in [
-        ("mesh: {\n", 1),
-        ("mesh:\n\t enabled: true\n", 2),
-        ("mesh:\n  a: *nowhere\n", 2),
-        ("a: b: c\n", 1),
-    ] {
+    for (text, line) in
+        [("mesh: {\n", 1), ("mesh:\n\t enabled: true\n", 2), ("mesh:\n  a: *nowhere\n", 2), ("a: b: c\n", 1)]
+    {
         let errors = Config::parse(text).unwrap_err();
         let shown = errors.to_string();
-        assert!(
-            matches!(errors.0[..], [ConfigError::Yaml { place, .. }] if place.line == line),
-            "{text:?}: {shown}"
-        );
+        assert!(matches!(errors.0[..], [ConfigError::Yaml { place, .. }] if place.line == line), "{text:?}: {shown}");
         assert!(shown.contains("not valid YAML"), "{shown}");
     }
-    assert!(
-        Config::parse(&" ".repeat(300_000))
-            .unwrap_err()
-            .to_string()
-            .contains("300000 bytes")
-    );
+    assert!(Config::parse(&" ".repeat(300_000)).unwrap_err().to_string().contains("300000 bytes"));
 }
 
 #[test]
@@ -357,42 +263,27 @@ fn no_error_shows_a_secret_wherever_it_was_put() {
         }
     }
     let shown = format!("{:?}", Config::parse(EVERYTHING).unwrap().cluster);
-    assert!(
-        !shown.contains("canary") && !shown.contains("Y2FuYX"),
-        "{shown}"
-    );
+    assert!(!shown.contains("canary") && !shown.contains("Y2FuYX"), "{shown}");
 }
 
 #[test]
 fn the_boolean_is_flipped_in_place() {
-    let text = format!(
-        "# my mesh\n{}# end",
-        minimal().replace("true", "true   # the one boolean")
-    );
+    let text = format!("# my mesh\n{}# end", minimal().replace("true", "true   # the one boolean"));
     let off = set_enabled(&text, false).unwrap();
     assert_eq!(off, text.replace("true", "false"));
     assert_eq!(set_enabled(&off, true).unwrap(), text);
     assert_eq!(set_enabled(&text, true).unwrap(), text);
 
     for (text, expected) in [
-        (
-            "mesh: { enabled: true, mtu: 1400 } # é\nX",
-            "mesh: { enabled: false, mtu: 1400 } # é\nX",
-        ),
+        ("mesh: { enabled: true, mtu: 1400 } # é\nX", "mesh: { enabled: false, mtu: 1400 } # é\nX"),
         (
             "# é ü\nmachine:\n  network:\n    kubespan:\n      enabled: TRUE\nX",
             "# é ü\nmachine:\n  network:\n    kubespan:\n      enabled: false\nX",
         ),
-        (
-            "X---\nkind: KubeSpanConfig\nenabled: true\n",
-            "X---\nkind: KubeSpanConfig\nenabled: false\n",
-        ),
+        ("X---\nkind: KubeSpanConfig\nenabled: true\n", "X---\nkind: KubeSpanConfig\nenabled: false\n"),
     ] {
         let rest = minimal().replace("mesh:\n  enabled: true\n", "");
-        assert_eq!(
-            set_enabled(&text.replace('X', &rest), false).unwrap(),
-            expected.replace('X', &rest)
-        );
+        assert_eq!(set_enabled(&text.replace('X', &rest), false).unwrap(), expected.replace('X', &rest));
     }
 }
 
@@ -404,39 +295,50 @@ fn a_missing_boolean_is_added_where_it_belongs() {
         ("mesh:\nX", "mesh:\n  enabled: true\nX"),
         ("mesh: # mine\nX", "mesh:\n  enabled: true # mine\nX"),
         ("mesh: {}\nX", "mesh: {enabled: true}\nX"),
-        (
-            "mesh: { mtu: 1400 }\nX",
-            "mesh: {enabled: true,  mtu: 1400 }\nX",
-        ),
-        (
-            "mesh:\n    # big\n    mtu: 1400\nX",
-            "mesh:\n    # big\n    enabled: true\n    mtu: 1400\nX",
-        ),
+        ("mesh: { mtu: 1400 }\nX", "mesh: {enabled: true,  mtu: 1400 }\nX"),
+        ("mesh:\n    # big\n    mtu: 1400\nX", "mesh:\n    # big\n    enabled: true\n    mtu: 1400\nX"),
     ] {
-        assert_eq!(
-            set_enabled(&text.replace('X', &rest), true).unwrap(),
-            expected.replace('X', &rest)
-        );
+        assert_eq!(set_enabled(&text.replace('X', &rest), true).unwrap(), expected.replace('X', &rest));
     }
 }
 
 #[test]
 fn an_edit_that_would_not_give_a_valid_configuration_gives_nothing() {
-    let errors = set_enabled("mesh:\n  enabled: false\n", true)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        errors.starts_with("`discovery` is missing: run `mesh-agent init`"),
-        "{errors}"
-    );
-    assert!(matches!(
-        set_enabled("mesh: {\n", true),
-        Err(EditError::Invalid(_))
-    ));
+    let errors = set_enabled("mesh:\n  enabled: false\n", true).unwrap_err().to_string();
+    assert!(errors.starts_with("`discovery` is missing: run `mesh-agent init`"), "{errors}");
+    assert!(matches!(set_enabled("mesh: {\n", true), Err(EditError::Invalid(_))));
     // The same anchor feeds another boolean: changing the one would change the other.
     let shared = format!(
         "mesh: {{ enabled: &on true, allowWidePrefixes: *on }}\n{}",
         minimal().replace("mesh:\n  enabled: true\n", "")
     );
     assert_eq!(set_enabled(&shared, false), Err(EditError::ByHand(false)));
+}
+
+#[test]
+fn a_cluster_is_put_in_place_of_the_one_before() {
+    let servers = Config::parse(&minimal()).unwrap().discovery;
+    let set = |text: &str| set_cluster(text, &"a: {b".parse().unwrap(), "/etc/x y".as_ref(), &servers);
+    let sections = format!(
+        "cluster:\n  id: \"a: {{b\"\n  secretFile: \"/etc/x y\"\ndiscovery:\n  - endpoint: \"https://disc.example:7443\"\n    pin: {PIN}\n"
+    );
+    for (text, expected) in [
+        ("", "Smesh:\n  enabled: true\n"),
+        (
+            "# mine\nmesh:\n  # one\n  enabled: false\n  mtu: 1400",
+            "# mine\nmesh:\n  # one\n  enabled: true\n  mtu: 1400\nS",
+        ),
+        ("mesh: { enabled: true }\n", "mesh: { enabled: true }\nS"),
+        (
+            &format!(
+                "# 1\ndiscovery:\n  - endpoint: https://old:1\n    pin: {PIN}\n\n# 2\nmesh:\n  enabled: true\n# 3\ncluster: {{ id: old }}\n# 4\n"
+            ),
+            "# 1\n\n# 2\nmesh:\n  enabled: true\n# 3\n# 4\nS",
+        ),
+    ] {
+        assert_eq!(set(text).unwrap(), expected.replace('S', &sections), "for {text}");
+    }
+    for text in ["mesh: {}\n---\ncluster: { id: x }\n", "{ mesh: {}, cluster: { id: x } }\n"] {
+        assert!(set(text).is_err(), "{text}");
+    }
 }

@@ -37,9 +37,7 @@ impl Node {
     pub(super) fn scalar<'a>(&'a self, text: &'a str) -> Option<&'a str> {
         match &self.value {
             Value::Text(value) => Some(value),
-            Value::Bool(_) | Value::Int(_) | Value::Float => {
-                text.get(self.start..self.start + self.len)
-            }
+            Value::Bool(_) | Value::Int(_) | Value::Float => text.get(self.start..self.start + self.len),
             Value::Null | Value::List(_) | Value::Section(_) => None,
         }
     }
@@ -48,14 +46,8 @@ impl Node {
 /// Parses all documents of the text. Empty documents are left out.
 pub(super) fn parse(text: &str) -> Result<Vec<Node>, ConfigError> {
     if text.len() > MAX_TEXT {
-        let what = format!(
-            "the file has {} bytes, a configuration has at most {MAX_TEXT}",
-            text.len()
-        );
-        return Err(ConfigError::Yaml {
-            place: Place { line: 1, column: 1 },
-            what,
-        });
+        let what = format!("the file has {} bytes, a configuration has at most {MAX_TEXT}", text.len());
+        return Err(ConfigError::Yaml { place: Place { line: 1, column: 1 }, what });
     }
     // Snippets would quote the file, and the file may hold a secret.
     let options = serde_saphyr::options! {
@@ -65,16 +57,9 @@ pub(super) fn parse(text: &str) -> Result<Vec<Node>, ConfigError> {
         underscored_numbers_as_strings: true,
     };
     serde_saphyr::from_multiple_with_options::<Node>(text, options).map_err(|error| {
-        let place = error
-            .location()
-            .map_or(Place { line: 1, column: 1 }, |at| Place {
-                line: at.line(),
-                column: at.column(),
-            });
-        ConfigError::Yaml {
-            place,
-            what: describe(&error),
-        }
+        let place =
+            error.location().map_or(Place { line: 1, column: 1 }, |at| Place { line: at.line(), column: at.column() });
+        ConfigError::Yaml { place, what: describe(&error) }
     })
 }
 
@@ -82,14 +67,9 @@ pub(super) fn parse(text: &str) -> Result<Vec<Node>, ConfigError> {
 fn describe(error: &serde_saphyr::Error) -> String {
     match error.without_snippet() {
         serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => {
-            format!(
-                "the key `{}` stands twice in its section: keep one",
-                visible(key)
-            )
+            format!("the key `{}` stands twice in its section: keep one", visible(key))
         }
-        serde_saphyr::Error::DuplicateMappingKey { .. } => {
-            "a key stands twice in its section: keep one".to_owned()
-        }
+        serde_saphyr::Error::DuplicateMappingKey { .. } => "a key stands twice in its section: keep one".to_owned(),
         other => {
             let shown = other.to_string();
             let what = shown.split(" at line ").next().unwrap_or(&shown);
@@ -103,17 +83,10 @@ impl<'de> Deserialize<'de> for Node {
         let spanned = Spanned::<Value>::deserialize(deserializer)?;
         // An alias is complained about where it stands, and read where it is defined.
         let (at, span) = (spanned.referenced, spanned.defined.span());
-        let bytes = |value: Option<u64>| {
-            value
-                .and_then(|value| usize::try_from(value).ok())
-                .unwrap_or_default()
-        };
+        let bytes = |value: Option<u64>| value.and_then(|value| usize::try_from(value).ok()).unwrap_or_default();
         Ok(Self {
             value: spanned.value,
-            place: Place {
-                line: at.line(),
-                column: at.column(),
-            },
+            place: Place { line: at.line(), column: at.column() },
             start: bytes(span.byte_offset()),
             len: bytes(span.byte_len()),
         })

@@ -58,8 +58,7 @@ pub struct FilterEntry {
 }
 
 impl HostPort {
-    const EXPECTED: ExpectedValue =
-        ExpectedValue("host:port, with an IPv6 address in brackets ([2001:db8::1]:51820)");
+    const EXPECTED: ExpectedValue = ExpectedValue("host:port, with an IPv6 address in brackets ([2001:db8::1]:51820)");
 }
 
 impl FromStr for HostPort {
@@ -74,14 +73,8 @@ impl FromStr for HostPort {
             .flatten()
             .filter(|port| *port > 0)
             .ok_or(Self::EXPECTED)?;
-        let host = match host
-            .strip_prefix('[')
-            .and_then(|rest| rest.strip_suffix(']'))
-        {
-            Some(v6) => v6
-                .parse::<Ipv6Addr>()
-                .map_err(|_| Self::EXPECTED)?
-                .to_string(),
+        let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            Some(v6) => v6.parse::<Ipv6Addr>().map_err(|_| Self::EXPECTED)?.to_string(),
             None if is_dns_name(host) => host.to_ascii_lowercase(),
             None => return Err(Self::EXPECTED),
         };
@@ -111,17 +104,12 @@ impl FromStr for ServerEndpoint {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let rest = text.strip_prefix("https://").ok_or(Self::EXPECTED)?;
-        rest.strip_suffix('/')
-            .unwrap_or(rest)
-            .parse()
-            .map(Self)
-            .map_err(|_| Self::EXPECTED)
+        rest.strip_suffix('/').unwrap_or(rest).parse().map(Self).map_err(|_| Self::EXPECTED)
     }
 }
 
 impl Pin {
-    const EXPECTED: ExpectedValue =
-        ExpectedValue("sha256: and 64 hex digits, as the discovery server prints it");
+    const EXPECTED: ExpectedValue = ExpectedValue("sha256: and 64 hex digits, as the discovery server prints it");
 }
 
 impl FromStr for Pin {
@@ -129,16 +117,13 @@ impl FromStr for Pin {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let hex = text.strip_prefix("sha256:").ok_or(Self::EXPECTED)?;
-        let bytes = HEXLOWER_PERMISSIVE
-            .decode(hex.as_bytes())
-            .map_err(|_| Self::EXPECTED)?;
+        let bytes = HEXLOWER_PERMISSIVE.decode(hex.as_bytes()).map_err(|_| Self::EXPECTED)?;
         bytes.try_into().map(Self).map_err(|_| Self::EXPECTED)
     }
 }
 
 impl ClusterId {
-    const EXPECTED: ExpectedValue =
-        ExpectedValue("1 to 64 visible ASCII characters without spaces");
+    const EXPECTED: ExpectedValue = ExpectedValue("1 to 64 visible ASCII characters without spaces");
 
     pub fn as_str(&self) -> &str {
         &self.0
@@ -158,8 +143,7 @@ impl FromStr for ClusterId {
 }
 
 impl InterfaceName {
-    const EXPECTED: ExpectedValue =
-        ExpectedValue("1 to 15 of a-z, A-Z, 0-9, '-', '_' and '.', not lo");
+    const EXPECTED: ExpectedValue = ExpectedValue("1 to 15 of a-z, A-Z, 0-9, '-', '_' and '.', not lo");
 
     pub fn as_str(&self) -> &str {
         &self.0
@@ -181,13 +165,12 @@ impl FromStr for InterfaceName {
 }
 
 impl EndpointFilter {
+    /// Whether an address may be announced: not excluded, and held by an entry if any entry allows.
     pub fn passes(&self, addr: std::net::IpAddr) -> bool {
-        let covered = |negated: bool| {
-            self.0
-                .iter()
-                .any(|entry| entry.negated == negated && entry.prefix.contains(&addr))
-        };
-        self.0.is_empty() || (covered(false) && !covered(true))
+        let covered =
+            |negated: bool| self.0.iter().any(|entry| entry.negated == negated && entry.prefix.contains(&addr));
+        let lists_allowed = self.0.iter().any(|entry| !entry.negated);
+        (!lists_allowed || covered(false)) && !covered(true)
     }
 }
 
@@ -199,22 +182,18 @@ impl FromStr for FilterEntry {
             Some(cidr) => (true, cidr),
             None => (false, text),
         };
-        let prefix = cidr.trim().parse().map_err(|_| {
-            ExpectedValue("a CIDR such as 10.0.0.0/8, with '!' in front to exclude it")
-        })?;
+        let prefix = cidr
+            .trim()
+            .parse()
+            .map_err(|_| ExpectedValue("a CIDR such as 10.0.0.0/8, with '!' in front to exclude it"))?;
         Ok(Self { negated, prefix })
     }
 }
 
 /// Reads a keepalive: whole seconds as `25s`, or `0s` for none.
 pub(super) fn parse_keepalive(text: &str) -> Result<Option<Duration>, ExpectedValue> {
-    const EXPECTED: ExpectedValue =
-        ExpectedValue("whole seconds such as \"25s\", at most 65535s; 0s turns it off");
-    let seconds: u16 = text
-        .strip_suffix('s')
-        .ok_or(EXPECTED)?
-        .parse()
-        .map_err(|_| EXPECTED)?;
+    const EXPECTED: ExpectedValue = ExpectedValue("whole seconds such as \"25s\", at most 65535s; 0s turns it off");
+    let seconds: u16 = text.strip_suffix('s').ok_or(EXPECTED)?.parse().map_err(|_| EXPECTED)?;
     Ok((seconds > 0).then(|| Duration::from_secs(u64::from(seconds))))
 }
 
@@ -222,9 +201,7 @@ pub(super) fn parse_keepalive(text: &str) -> Result<Option<Duration>, ExpectedVa
 fn is_dns_name(text: &str) -> bool {
     let label = |label: &str| {
         (1..=63).contains(&label.len())
-            && label
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
             && !label.starts_with('-')
             && !label.ends_with('-')
     };
@@ -294,10 +271,7 @@ mod tests {
         ] {
             let endpoint: ServerEndpoint = text.parse().unwrap();
             assert_eq!((endpoint.host(), endpoint.port()), (host, port), "{text}");
-            assert_eq!(
-                endpoint.to_string().parse::<ServerEndpoint>().unwrap(),
-                endpoint
-            );
+            assert_eq!(endpoint.to_string().parse::<ServerEndpoint>().unwrap(), endpoint);
         }
         for bad in [
             "disc.example:7443",
@@ -323,32 +297,19 @@ mod tests {
         let pin = Pin([0xab; 32]);
         assert_eq!(pin.to_string().parse::<Pin>().unwrap(), pin);
         assert!("ab".repeat(32).parse::<Pin>().is_err());
-        assert!(
-            format!("sha256:{}", "ab".repeat(31))
-                .parse::<Pin>()
-                .is_err()
-        );
-        assert!(
-            format!("sha256:{}", "zz".repeat(32))
-                .parse::<Pin>()
-                .is_err()
-        );
+        assert!(format!("sha256:{}", "ab".repeat(31)).parse::<Pin>().is_err());
+        assert!(format!("sha256:{}", "zz".repeat(32)).parse::<Pin>().is_err());
     }
 
     #[test]
     fn a_filter_passes_what_is_covered_and_not_excluded() {
-        let filter = |entries: &[&str]| {
-            EndpointFilter(entries.iter().map(|entry| entry.parse().unwrap()).collect())
-        };
+        let filter = |entries: &[&str]| EndpointFilter(entries.iter().map(|entry| entry.parse().unwrap()).collect());
         let lan = "192.168.1.2".parse().unwrap();
         let public = "203.0.113.9".parse().unwrap();
         let v6 = "2001:db8::1".parse().unwrap();
         let home = filter(&["0.0.0.0/0", "!192.168.0.0/16"]);
         assert!(home.passes(public) && !home.passes(lan) && !home.passes(v6));
-        assert_eq!(
-            filter(&["!192.168.0.0/16", "0.0.0.0/0"]).passes(lan),
-            home.passes(lan)
-        );
+        assert_eq!(filter(&["!192.168.0.0/16", "0.0.0.0/0"]).passes(lan), home.passes(lan));
         assert!(filter(&[]).passes(lan) && filter(&[]).passes(v6));
     }
 }

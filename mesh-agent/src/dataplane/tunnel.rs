@@ -147,7 +147,7 @@ impl BoringTunnel {
             return false;
         }
         let mut scratch = [0; MIN_BUFFER];
-        self.update_timers(&mut scratch, now).is_some_and(|sent| is_initiation(sent))
+        self.update_timers(&mut scratch, now).is_some_and(is_initiation)
     }
 
     fn update_timers<'a>(&mut self, dst: &'a mut [u8], now: Instant) -> Option<&'a [u8]> {
@@ -186,7 +186,9 @@ impl Tunnel for BoringTunnel {
         if written > 0 {
             return Sealed::Handshake(&dst[..written]);
         }
-        if initiation_lost && let TunnResult::WriteToNetwork(datagram) = self.tunn.format_handshake_initiation(dst, true) {
+        if initiation_lost
+            && let TunnResult::WriteToNetwork(datagram) = self.tunn.format_handshake_initiation(dst, true)
+        {
             return Sealed::Handshake(datagram);
         }
         Sealed::Queued

@@ -1,1 +1,72 @@
-fn main() {}
+//! `cargo run --release -p netns-tests --bin demo`: one server, three nodes, six pods, on this machine alone.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use netns_tests::{
+    binaries::{BIN_DIR, Binaries},
+    demo, isolation,
+};
+
+/// Builds a mesh of three nodes in network namespaces of this machine, checks it, and removes it.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Print the verdicts as one JSON line at the end; everything for people goes to stderr.
+    #[arg(long)]
+    json: bool,
+    /// Keep the mesh until Ctrl-C and print how to enter its hosts.
+    #[arg(long)]
+    keep: bool,
+    /// How often to measure the start of a node with an empty cache (20 for the figure of the project's gate).
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    cold_starts: u16,
+    /// Reverse path filter on every underlay link: 0 off, 1 strict, 2 loose.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=2))]
+    rp_filter: u8,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let binaries = match Binaries::find() {
+        Ok(binaries) => binaries,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    // No thread exists yet: this may replace the process by itself inside a user namespace.
+    if let Err(why) = isolation::tun_available()
+        .and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())]))
+    {
+        eprintln!(
+            "error: the demo cannot run here: {why}\nhelp: {}",
+            why.help()
+        );
+        return ExitCode::FAILURE;
+    }
+    let options = demo::Options {
+        json: args.json,
+        keep: args.keep,
+        cold_starts: args.cold_starts.into(),
+        rp_filter: args.rp_filter,
+    };
+    let (report, kept) = demo::run(&binaries, options);
+    if let Some(mesh) = &kept {
+        eprintln!("{}", demo::ways_in(mesh));
+    }
+    if args.json {
+        println!("{}", report.json());
+    }
+    if kept.is_some() {
+        // A signal removes the lab and ends the process.
+        loop {
+            std::thread::park();
+        }
+    }
+    if report.ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

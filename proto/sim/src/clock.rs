@@ -24,11 +24,7 @@ struct Entry<E> {
 
 impl<E> Default for Clock<E> {
     fn default() -> Self {
-        Self {
-            now: Instant::ORIGIN,
-            queue: BinaryHeap::new(),
-            entered: 0,
-        }
+        Self { now: Instant::ORIGIN, queue: BinaryHeap::new(), entered: 0 }
     }
 }
 
@@ -40,11 +36,7 @@ impl<E> Clock<E> {
     /// An event at this time, or now when that has passed.
     pub fn at(&mut self, at: Instant, event: E) {
         self.entered += 1;
-        self.queue.push(Reverse(Entry {
-            at: at.max(self.now),
-            order: self.entered,
-            event,
-        }));
+        self.queue.push(Reverse(Entry { at: at.max(self.now), order: self.entered, event }));
     }
 
     pub fn after(&mut self, delay: Duration, event: E) {

@@ -104,23 +104,10 @@ impl Engine {
                 break index;
             }
         };
-        let tunnel = ModelTunnel::new(
-            self.own,
-            key,
-            spec.preshared_key.clone(),
-            spec.keepalive,
-            index,
-            self.random.next_u64(),
-        );
+        let tunnel =
+            ModelTunnel::new(self.own, key, spec.preshared_key.clone(), spec.keepalive, index, self.random.next_u64());
         self.by_index.insert(index, key);
-        self.peers.insert(
-            key,
-            Peer {
-                spec,
-                index,
-                tunnel,
-            },
-        );
+        self.peers.insert(key, Peer { spec, index, tunnel });
     }
 
     pub fn remove_peer(&mut self, key: &WgPublicKey) {

@@ -173,19 +173,11 @@ impl Host {
     }
 
     /// Carries out steps; `fails` picks those that the host does not let happen.
-    pub fn apply(
-        &mut self,
-        actions: Vec<Action>,
-        mut fails: impl FnMut() -> bool,
-        now: Instant,
-    ) -> bool {
+    pub fn apply(&mut self, actions: Vec<Action>, mut fails: impl FnMut() -> bool, now: Instant) -> bool {
         let mut failures = Vec::new();
         for action in actions {
             let result = if fails() {
-                Err(StepError {
-                    text: "the simulated host is out of memory".into(),
-                    not_permitted: false,
-                })
+                Err(StepError { text: "the simulated host is out of memory".into(), not_permitted: false })
             } else {
                 self.step(&action)
             };
@@ -286,10 +278,7 @@ impl Host {
             Action::CreateLink(_) | Action::DeleteLink { .. } => self.engine.clear(),
             Action::SetPeer(key, spec) => {
                 if self.kernel.link.is_none() {
-                    return Err(StepError {
-                        text: "there is no interface for peers".into(),
-                        not_permitted: false,
-                    });
+                    return Err(StepError { text: "there is no interface for peers".into(), not_permitted: false });
                 }
                 self.engine.set_peer(*key, spec.clone());
             }

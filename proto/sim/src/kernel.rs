@@ -10,9 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use mesh_common::allowed_ips::AllowedIps;
 use mesh_common::key::WgPublicKey;
-use mesh_proto::device::{
-    Action, Family, Link, Observed, PeerSpec, Route, RouteKind, UnderlayLink,
-};
+use mesh_proto::device::{Action, Family, Link, MssClamp, Observed, PeerSpec, Route, RouteKind, UnderlayLink};
 use mesh_proto::mesh::agent::StepError;
 
 /// Where a packet without a mark goes.
@@ -30,6 +28,7 @@ pub struct Kernel {
     pub rules: BTreeSet<Family>,
     pub underlay: Vec<UnderlayLink>,
     loosened: BTreeSet<String>,
+    pub mss_clamp: MssClamp,
     /// rp_filter may not be written here.
     pub rp_filter_read_only: bool,
     /// Table 818 by prefix, made anew after a change.
@@ -38,11 +37,7 @@ pub struct Kernel {
 
 impl Kernel {
     pub fn new(underlay: Vec<UnderlayLink>, rp_filter_read_only: bool) -> Self {
-        Self {
-            underlay,
-            rp_filter_read_only,
-            ..Self::default()
-        }
+        Self { underlay, rp_filter_read_only, ..Self::default() }
     }
 
     /// One step; peers are the engine's and not handled here.
@@ -67,9 +62,8 @@ impl Kernel {
                     if self.link.is_none() {
                         return Err(step_error("there is no interface to route to"));
                     }
-                    self.routes.retain(|other| {
-                        other.prefix != route.prefix || !matches!(other.kind, RouteKind::Dev { .. })
-                    });
+                    self.routes
+                        .retain(|other| other.prefix != route.prefix || !matches!(other.kind, RouteKind::Dev { .. }));
                 }
                 self.routes.insert(route.clone());
             }
@@ -84,10 +78,7 @@ impl Kernel {
             }
             Action::LoosenRpFilter { link } => {
                 if self.rp_filter_read_only {
-                    return Err(StepError {
-                        text: "rp_filter is read-only here".into(),
-                        not_permitted: true,
-                    });
+                    return Err(StepError { text: "rp_filter is read-only here".into(), not_permitted: true });
                 }
                 self.set_rp_filter(link, 2);
                 self.loosened.insert(link.clone());
@@ -97,6 +88,8 @@ impl Kernel {
                     self.set_rp_filter(link, 1);
                 }
             }
+            Action::SetMssClamp => self.mss_clamp = MssClamp::Present,
+            Action::RemoveMssClamp => self.mss_clamp = MssClamp::Absent,
             Action::SetPeer(..) | Action::RemovePeer(_) => {}
         }
         Ok(())
@@ -105,8 +98,7 @@ impl Kernel {
     /// The link goes, and its routes with it. The floor stays.
     pub fn delete_link(&mut self) {
         self.link = None;
-        self.routes
-            .retain(|route| !matches!(route.kind, RouteKind::Dev { .. }));
+        self.routes.retain(|route| !matches!(route.kind, RouteKind::Dev { .. }));
         self.table = None;
     }
 
@@ -120,10 +112,7 @@ impl Kernel {
     pub fn add_foreign_route(&mut self, prefix: IpNet, metric: u32) {
         self.routes.insert(Route {
             prefix,
-            kind: RouteKind::Foreign {
-                metric,
-                description: format!("{prefix} dev eth0 metric {metric}"),
-            },
+            kind: RouteKind::Foreign { metric, description: format!("{prefix} dev eth0 metric {metric}") },
         });
         self.table = None;
     }
@@ -136,6 +125,7 @@ impl Kernel {
             rules: self.rules.clone(),
             underlay: self.underlay.clone(),
             loosened: self.loosened.clone(),
+            mss_clamp: self.mss_clamp,
         }
     }
 
@@ -146,19 +136,13 @@ impl Kernel {
         }
         let routes = &self.routes;
         let table = self.table.get_or_insert_with(|| table_of(routes));
-        table
-            .lookup(destination)
-            .copied()
-            .unwrap_or(Decision::Underlay)
+        table.lookup(destination).copied().unwrap_or(Decision::Underlay)
     }
 
     /// Whether a packet from this source, come in by this underlay link, passes the reverse path filter.
     pub fn accepts(&mut self, link: &str, source: IpAddr) -> bool {
-        let filter = self
-            .underlay
-            .iter()
-            .find(|underlay| underlay.name == link)
-            .map_or(0, |underlay| underlay.rp_filter);
+        let filter =
+            self.underlay.iter().find(|underlay| underlay.name == link).map_or(0, |underlay| underlay.rp_filter);
         // IPv6 has no such filter.
         if filter == 0 || source.is_ipv6() {
             return true;
@@ -192,16 +176,11 @@ fn table_of(routes: &BTreeSet<Route>) -> AllowedIps<Decision> {
             *entry = (metric, decision);
         }
     }
-    best.into_iter()
-        .map(|(prefix, (_, decision))| (prefix, decision))
-        .collect()
+    best.into_iter().map(|(prefix, (_, decision))| (prefix, decision)).collect()
 }
 
 fn step_error(text: &str) -> StepError {
-    StepError {
-        text: text.to_owned(),
-        not_permitted: false,
-    }
+    StepError { text: text.to_owned(), not_permitted: false }
 }
 
 #[cfg(test)]
@@ -209,17 +188,11 @@ mod tests {
     use super::*;
 
     fn route(prefix: &str, kind: RouteKind) -> Action {
-        Action::AddRoute(Route {
-            prefix: prefix.parse().unwrap(),
-            kind,
-        })
+        Action::AddRoute(Route { prefix: prefix.parse().unwrap(), kind })
     }
 
     fn dev() -> RouteKind {
-        RouteKind::Dev {
-            mtu: None,
-            source: None,
-        }
+        RouteKind::Dev { mtu: None, source: None }
     }
 
     fn kernel(rp_filter: u8) -> Kernel {
@@ -229,12 +202,7 @@ mod tests {
             rp_filter,
             virtual_kind: None,
         };
-        let link = Link {
-            name: "mesh0".into(),
-            mtu: 1420,
-            listen_port: 51872,
-            addresses: BTreeSet::new(),
-        };
+        let link = Link { name: "mesh0".into(), mtu: 1420, listen_port: 51872, addresses: BTreeSet::new() };
         let mut kernel = Kernel::new(vec![eth0], false);
         for action in [
             Action::AddRule(Family::V4),
@@ -258,26 +226,15 @@ mod tests {
         assert_eq!(decide("10.2.0.1"), Decision::Unreachable);
         assert_eq!(decide("8.8.8.8"), Decision::Underlay);
         kernel.delete_link();
-        assert_eq!(
-            kernel.decide("10.3.0.1".parse().unwrap()),
-            Decision::Unreachable
-        );
-        assert!(
-            kernel.apply(&route("10.0.0.0/8", dev())).is_err(),
-            "no link, no route to it"
-        );
+        assert_eq!(kernel.decide("10.3.0.1".parse().unwrap()), Decision::Unreachable);
+        assert!(kernel.apply(&route("10.0.0.0/8", dev())).is_err(), "no link, no route to it");
         kernel.apply(&Action::RemoveRule(Family::V4)).unwrap();
-        assert_eq!(
-            kernel.decide("10.3.0.1".parse().unwrap()),
-            Decision::Underlay
-        );
+        assert_eq!(kernel.decide("10.3.0.1".parse().unwrap()), Decision::Underlay);
     }
 
     #[test]
     fn the_reverse_path_filter_looks_at_table_818_as_linux_does() {
-        for (filter, mesh, unreachable) in
-            [(0, true, true), (1, false, false), (2, true, false)]
-        {
+        for (filter, mesh, unreachable) in [(0, true, true), (1, false, false), (2, true, false)] {
             let mut kernel = kernel(filter);
             let mut accepts = |addr: &str| kernel.accepts("eth0", addr.parse().unwrap());
             assert!(accepts("192.0.2.9"));

@@ -40,12 +40,7 @@ pub struct Links {
 
 impl Links {
     pub fn new(weather: Weather, seed: u64) -> Self {
-        Self {
-            weather,
-            seed,
-            random: SplitMix64::new(seed),
-            islands: BTreeMap::new(),
-        }
+        Self { weather, seed, random: SplitMix64::new(seed), islands: BTreeMap::new() }
     }
 
     /// Cuts these places off from all others until [`Self::heal`].
@@ -58,9 +53,7 @@ impl Links {
     }
 
     pub fn is_cut(&self, a: Place, b: Place) -> bool {
-        self.islands
-            .values()
-            .any(|island| island.contains(&a) != island.contains(&b))
+        self.islands.values().any(|island| island.contains(&a) != island.contains(&b))
     }
 
     /// The delays after which copies of one datagram arrive: none, one or two.
@@ -73,30 +66,18 @@ impl Links {
             return [None, None];
         }
         let delay = |links: &mut Self| {
-            let held = if links.chance(links.weather.reordered) {
-                distance * 3
-            } else {
-                Duration::ZERO
-            };
+            let held = if links.chance(links.weather.reordered) { distance * 3 } else { Duration::ZERO };
             Some(distance + held + links.random.between(Duration::ZERO, links.weather.jitter))
         };
         let first = delay(self);
-        let second = if self.chance(self.weather.duplicated) {
-            delay(self)
-        } else {
-            None
-        };
+        let second = if self.chance(self.weather.duplicated) { delay(self) } else { None };
         [first, second]
     }
 
     /// One way time of a reliable stream's message: its losses show as delay.
     pub fn stream_delay(&mut self, from: Place, to: Place) -> Duration {
         let (distance, loss) = self.pair(from, to);
-        let resent = if self.chance(loss) {
-            distance * 2 + Duration::from_millis(50)
-        } else {
-            Duration::ZERO
-        };
+        let resent = if self.chance(loss) { distance * 2 + Duration::from_millis(50) } else { Duration::ZERO };
         distance + resent + self.random.between(Duration::ZERO, self.weather.jitter)
     }
 

@@ -39,32 +39,15 @@ impl Road {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Violation {
     /// An inner packet came out of a peer's tunnel with a source that is not that peer's.
-    ForeignSource {
-        at: usize,
-        packet: String,
-    },
+    ForeignSource { at: usize, packet: String },
     /// A frame older than one that was accepted before stands at this host.
-    Rollback {
-        at: usize,
-        node: NodeId,
-        mark: u64,
-        seq: u64,
-    },
+    Rollback { at: usize, node: NodeId, mark: u64, seq: u64 },
     /// A key that is no admitted member's was to be a peer.
-    Unadmitted {
-        at: usize,
-        key: WgPublicKey,
-    },
+    Unadmitted { at: usize, key: WgPublicKey },
     /// A packet to a mesh address took the underlay.
-    Leak {
-        at: usize,
-        to: usize,
-        road: Road,
-    },
+    Leak { at: usize, to: usize, road: Road },
     /// A host that left still holds something of ours.
-    NotClean {
-        at: usize,
-    },
+    NotClean { at: usize },
     /// What should be true 30 s after the last fault and is not.
     NotConverged(Vec<String>),
 }
@@ -121,12 +104,7 @@ impl Model {
             let seq = member.frame.seq();
             let mark = self.marks[at].entry(*node).or_default();
             if seq < *mark {
-                broken.push(Violation::Rollback {
-                    at,
-                    node: *node,
-                    mark: *mark,
-                    seq,
-                });
+                broken.push(Violation::Rollback { at, node: *node, mark: *mark, seq });
             }
             *mark = seq.max(*mark);
         }
@@ -137,10 +115,7 @@ impl Model {
 
     /// The host carried out all steps while these hosts were members for it.
     pub fn note_applied(&mut self, at: usize, members: &BTreeSet<usize>) {
-        let staying = members
-            .iter()
-            .copied()
-            .filter(|member| !self.ever_left.contains(member));
+        let staying = members.iter().copied().filter(|member| !self.ever_left.contains(member));
         self.guarded[at].extend(staying);
     }
 
@@ -166,19 +141,11 @@ impl Model {
     }
 
     /// An inner packet came out of the tunnel of `key` at `at`.
-    pub fn check_delivery(
-        &mut self,
-        at: usize,
-        key: &WgPublicKey,
-        packet: &Packet,
-        hosts: &[Host],
-        now: Instant,
-    ) {
+    pub fn check_delivery(&mut self, at: usize, key: &WgPublicKey, packet: &Packet, hosts: &[Host], now: Instant) {
         self.delivered += 1;
         let sender = hosts.get(usize::from(packet.body.from));
         // Who is not a forger writes the address it holds at that moment, so the true sender decides.
-        let is_theirs = packet.body.kind != Kind::Forged
-            && sender.is_some_and(|sender| sender.key() == *key);
+        let is_theirs = packet.body.kind != Kind::Forged && sender.is_some_and(|sender| sender.key() == *key);
         if !is_theirs {
             let packet = format!("{packet:?}");
             self.break_rule(now, Violation::ForeignSource { at, packet });
@@ -264,12 +231,7 @@ pub fn unsettled(hosts: &[Host], model: &Model, contested: &BTreeSet<ipnet::IpNe
 }
 
 /// The host holds what its agent wants and nothing else.
-fn unsettled_host(
-    index: usize,
-    host: &Host,
-    agent: &mesh_proto::mesh::agent::Agent,
-    now: Instant,
-) -> Option<String> {
+fn unsettled_host(index: usize, host: &Host, agent: &mesh_proto::mesh::agent::Agent, now: Instant) -> Option<String> {
     use mesh_proto::device::{Family, RouteKind};
     let failed = agent.view(now).failed_steps;
     if !failed.is_empty() {
@@ -287,11 +249,7 @@ fn unsettled_host(
 }
 
 /// Who owns a prefix as this host sees it. `None` when it has its own reasons not to route it.
-fn owner(
-    host: &Host,
-    view: &mesh_proto::mesh::agent::View,
-    prefix: &ipnet::IpNet,
-) -> Option<NodeId> {
+fn owner(host: &Host, view: &mesh_proto::mesh::agent::View, prefix: &ipnet::IpNet) -> Option<NodeId> {
     use mesh_proto::mesh::peer::Verdict;
     let verdicts = view.peers.iter().flat_map(|peer| {
         let verdicts = peer.prefixes.iter().filter(|(announced, _)| announced == prefix);

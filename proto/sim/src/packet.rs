@@ -75,14 +75,8 @@ impl Packet {
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let source = source(bytes)?;
         let (destination, body) = match source {
-            IpAddr::V4(_) => (
-                IpAddr::from(<[u8; 4]>::try_from(&bytes[16..20]).ok()?),
-                &bytes[V4_HEAD..],
-            ),
-            IpAddr::V6(_) => (
-                IpAddr::from(<[u8; 16]>::try_from(&bytes[24..40]).ok()?),
-                &bytes[V6_HEAD..],
-            ),
+            IpAddr::V4(_) => (IpAddr::from(<[u8; 4]>::try_from(&bytes[16..20]).ok()?), &bytes[V4_HEAD..]),
+            IpAddr::V6(_) => (IpAddr::from(<[u8; 16]>::try_from(&bytes[24..40]).ok()?), &bytes[V6_HEAD..]),
         };
         if body.len() != BODY {
             return None;
@@ -132,12 +126,7 @@ mod tests {
             let packet = Packet {
                 source: source.parse().unwrap(),
                 destination: destination.parse().unwrap(),
-                body: Body {
-                    kind: Kind::Pong,
-                    from: 3,
-                    to: 4,
-                    sent: Instant::from_origin(Duration::from_millis(5)),
-                },
+                body: Body { kind: Kind::Pong, from: 3, to: 4, sent: Instant::from_origin(Duration::from_millis(5)) },
             };
             assert_eq!(Packet::decode(&packet.encode()), Some(packet));
         }

@@ -50,17 +50,39 @@ pub struct Scenario {
 
 #[derive(Debug, Clone)]
 pub enum Fault {
-    ServerDown { server: usize, lasts: Duration },
-    Island { places: BTreeSet<Place>, lasts: Duration },
-    AgentRestart { host: usize, lasts: Duration },
+    ServerDown {
+        server: usize,
+        lasts: Duration,
+    },
+    Island {
+        places: BTreeSet<Place>,
+        lasts: Duration,
+    },
+    AgentRestart {
+        host: usize,
+        lasts: Duration,
+    },
     /// The host leaves and joins again.
-    Leave { host: usize, lasts: Duration },
-    LinkDeleted { host: usize },
-    RoutesRemoved { host: usize },
-    RulesRemoved { host: usize },
-    ForeignRoute { host: usize },
+    Leave {
+        host: usize,
+        lasts: Duration,
+    },
+    LinkDeleted {
+        host: usize,
+    },
+    RoutesRemoved {
+        host: usize,
+    },
+    RulesRemoved {
+        host: usize,
+    },
+    ForeignRoute {
+        host: usize,
+    },
     /// The uplink gets another address.
-    Moved { host: usize },
+    Moved {
+        host: usize,
+    },
 }
 
 impl Fault {
@@ -168,10 +190,7 @@ fn plan(
         cluster_id: "sim".into(),
         host_name: HostName::try_from(format!("node-{index}")).expect("it is a DNS label"),
         servers: (0..servers)
-            .map(|server| ServerSettings {
-                name: format!("s{server}.example:7443"),
-                proxied: false,
-            })
+            .map(|server| ServerSettings { name: format!("s{server}.example:7443"), proxied: false })
             .collect(),
         link_name: "mesh0".into(),
         listen_port: LISTEN_PORT,
@@ -238,9 +257,8 @@ fn faults(agents: usize, servers: usize, random: &mut SplitMix64) -> Vec<(Durati
         faults.push((seconds(random, 4, 30), Fault::ServerDown { server, lasts }));
     }
     for _ in 0..3 {
-        let mut places: BTreeSet<Place> = (0..1 + random.below(agents as u64 / 2))
-            .map(|_| Place::Host(host(random)))
-            .collect();
+        let mut places: BTreeSet<Place> =
+            (0..1 + random.below(agents as u64 / 2)).map(|_| Place::Host(host(random))).collect();
         if random.below(2) == 0 {
             places.insert(Place::Server(random.below(servers as u64) as usize));
         }

@@ -25,11 +25,7 @@ pub struct Rendezvous {
 
 impl Rendezvous {
     pub fn new(seed: u64, rolls_back: bool) -> Self {
-        Self {
-            machine: None,
-            random: SplitMix64::new(seed),
-            rolls_back: rolls_back.then(BTreeMap::new),
-        }
+        Self { machine: None, random: SplitMix64::new(seed), rolls_back: rolls_back.then(BTreeMap::new) }
     }
 
     /// Starts with an empty store and another instance.

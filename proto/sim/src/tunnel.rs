@@ -548,7 +548,8 @@ mod tests {
         deliver(&mut ends[1], &confirm, at(0));
         let kept: Vec<u64> = (1..80).filter(|second| timeout(&mut ends[0], at(*second)).is_some()).collect();
         assert_eq!(kept, [25, 50, 75]);
-        let restarts = (180..400).filter(|second| timeout(&mut ends[0], at(*second)).is_some_and(|sent| sent[0] == INIT));
+        let restarts =
+            (180..400).filter(|second| timeout(&mut ends[0], at(*second)).is_some_and(|sent| sent[0] == INIT));
         assert!(restarts.count() > 20, "it keeps trying past the 90 seconds");
     }
 }

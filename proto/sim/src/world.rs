@@ -51,31 +51,14 @@ enum Event {
     Wake(usize),
     Tick(usize),
     Pings(usize),
-    Datagram {
-        to: usize,
-        at: IpAddr,
-        from: SocketAddr,
-        bytes: Bytes,
-    },
-    Reserved {
-        host: usize,
-        run: u32,
-        seq: u64,
-    },
-    Apply {
-        host: usize,
-        run: u32,
-        actions: Vec<Action>,
-        members: BTreeSet<usize>,
-    },
+    Datagram { to: usize, at: IpAddr, from: SocketAddr, bytes: Bytes },
+    Reserved { host: usize, run: u32, seq: u64 },
+    Apply { host: usize, run: u32, actions: Vec<Action>, members: BTreeSet<usize> },
     Observe(usize),
     ServerWake(usize),
     CarrierUp(u64),
     CarrierLost(u64),
-    Stream {
-        carrier: u64,
-        to_server: bool,
-    },
+    Stream { carrier: u64, to_server: bool },
     Fault(usize),
     FaultEnds(usize),
     Mischief,
@@ -219,24 +202,14 @@ impl World {
                 self.ping(host);
                 self.clock.after(PING_INTERVAL, Event::Pings(host));
             }
-            Event::Datagram {
-                to,
-                at,
-                from,
-                bytes,
-            } => self.receive(to, at, from, &bytes),
+            Event::Datagram { to, at, from, bytes } => self.receive(to, at, from, &bytes),
             Event::Reserved { host, run, seq } => {
                 if let Some(agent) = self.agent_of(host, run) {
                     agent.handle_seq_reserved(seq, now);
                     self.touch(host);
                 }
             }
-            Event::Apply {
-                host,
-                run,
-                actions,
-                members,
-            } => self.apply(host, run, actions, &members),
+            Event::Apply { host, run, actions, members } => self.apply(host, run, actions, &members),
             Event::Observe(host) => {
                 self.hosts[host].observe(now);
                 self.touch(host);
@@ -303,15 +276,7 @@ impl World {
                 }
                 let members = self.members_of(host);
                 let delay = self.pause(1, 15);
-                self.clock.after(
-                    delay,
-                    Event::Apply {
-                        host,
-                        run,
-                        actions,
-                        members,
-                    },
-                );
+                self.clock.after(delay, Event::Apply { host, run, actions, members });
             }
             Effect::Send(to, datagram) => self.send_datagram(host, to, datagram),
             Effect::Deliver(key, packet) => {
@@ -359,12 +324,7 @@ impl World {
         }
         let delays = self.links.carry(Place::Host(host), Place::Host(receiver));
         for delay in delays.into_iter().flatten() {
-            let event = Event::Datagram {
-                to: receiver,
-                at: to.ip(),
-                from,
-                bytes: bytes.clone(),
-            };
+            let event = Event::Datagram { to: receiver, at: to.ip(), from, bytes: bytes.clone() };
             self.clock.after(delay, event);
         }
     }
@@ -413,20 +373,8 @@ impl World {
         let source = road.address(&self.hosts[host]);
         let destination = road.address(&self.hosts[other]);
         if let (Some(source), Some(destination)) = (source, destination) {
-            let body = Body {
-                kind: Kind::Ping,
-                from: number(host),
-                to: number(other),
-                sent: self.clock.now(),
-            };
-            self.route_out(
-                host,
-                Packet {
-                    source,
-                    destination,
-                    body,
-                },
-            );
+            let body = Body { kind: Kind::Ping, from: number(host), to: number(other), sent: self.clock.now() };
+            self.route_out(host, Packet { source, destination, body });
         }
     }
 
@@ -440,12 +388,7 @@ impl World {
         let packet = Packet {
             source: IpAddr::V6(self.hosts[victim].overlay_v6()),
             destination: IpAddr::V6(self.hosts[to].overlay_v6()),
-            body: Body {
-                kind: Kind::Forged,
-                from: number(host),
-                to: number(to),
-                sent: self.clock.now(),
-            },
+            body: Body { kind: Kind::Forged, from: number(host), to: number(to), sent: self.clock.now() },
         };
         self.route_out(host, packet);
     }
@@ -474,22 +417,11 @@ impl World {
         if !self.hosts[host].is_local(packet.destination) {
             return;
         }
-        let Body {
-            kind, from, sent, ..
-        } = packet.body;
+        let Body { kind, from, sent, .. } = packet.body;
         match kind {
             Kind::Ping => {
-                let body = Body {
-                    kind: Kind::Pong,
-                    from: number(host),
-                    to: from,
-                    sent,
-                };
-                let answer = Packet {
-                    source: packet.destination,
-                    destination: packet.source,
-                    body,
-                };
+                let body = Body { kind: Kind::Pong, from: number(host), to: from, sent };
+                let answer = Packet { source: packet.destination, destination: packet.source, body };
                 self.route_out(host, answer);
             }
             Kind::Pong => {

@@ -12,11 +12,7 @@ const AGENTS: usize = 50;
 const SEEDS: u64 = 100;
 
 fn run(seed: u64, agents: usize, sabotage: Option<Sabotage>) -> Outcome {
-    world::run(Options {
-        seed,
-        agents,
-        sabotage,
-    })
+    world::run(Options { seed, agents, sabotage })
 }
 
 /// What is wrong with a run, in words that let one repeat it.
@@ -68,13 +64,7 @@ fn every_pair_talks_again_within_30_seconds_and_no_rule_is_broken() {
         );
     }
     let complaints: Vec<String> = outcomes.iter().filter_map(complaint).collect();
-    assert!(
-        complaints.is_empty(),
-        "{} of {} runs failed\n{}",
-        complaints.len(),
-        outcomes.len(),
-        complaints.join("\n")
-    );
+    assert!(complaints.is_empty(), "{} of {} runs failed\n{}", complaints.len(), outcomes.len(), complaints.join("\n"));
     let dropped: u64 = outcomes.iter().map(|outcome| outcome.forged_dropped).sum();
     assert!(dropped > 0, "forged packets were sent and reached a check");
 }

@@ -69,7 +69,9 @@ pub enum ClientEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClientState {
     /// Waiting for the next attempt.
-    Waiting { until: Instant },
+    Waiting {
+        until: Instant,
+    },
     Dialing,
     /// The carrier is up, the proof is not answered yet.
     Proving,
@@ -206,10 +208,8 @@ impl Client {
                 self.deadline = None;
                 self.session.next_ping = Some(now + SESSION_KEEPALIVE);
                 self.session.dead_at = Some(now + SESSION_IDLE);
-                self.events.push_back(ClientEvent::Welcomed {
-                    observed: welcome.observed,
-                    stun_ports: welcome.stun_ports,
-                });
+                self.events
+                    .push_back(ClientEvent::Welcomed { observed: welcome.observed, stun_ports: welcome.stun_ports });
             }
             // Nothing else belongs before the welcome, and the welcome comes once.
             _ if self.state == ClientState::Proving => self.lose_to_garbage(now),
@@ -244,8 +244,9 @@ impl Client {
                     self.hang_up(reason, Ending::Failure, now);
                 }
                 _ => {
-                    let reason =
-                        format!("{server} did not answer the proof within {HELLO_TIMEOUT:?}: is it a discovery server?");
+                    let reason = format!(
+                        "{server} did not answer the proof within {HELLO_TIMEOUT:?}: is it a discovery server?"
+                    );
                     self.hang_up(reason, Ending::Failure, now);
                 }
             };
@@ -332,7 +333,10 @@ impl Client {
             return Some(event);
         }
         let sent = !self.session.proven
-            || (self.session.hello.is_none() && !self.session.put_due && !self.session.watch_due && !self.session.ping_due);
+            || (self.session.hello.is_none()
+                && !self.session.put_due
+                && !self.session.watch_due
+                && !self.session.ping_due);
         if sent && std::mem::take(&mut self.hang_up_due) {
             self.session = Session::default();
             return Some(ClientEvent::HangUp);
@@ -425,7 +429,9 @@ impl Client {
         let ClientConfig { server_name, keys, proxied, .. } = &self.config;
         let fix = match error.code {
             // A wrong secret is another namespace with a good proof of its own: what breaks a proof stands in between.
-            ErrorCode::AuthFailed if *proxied => "; behind a proxy the server has to know this name as its own",
+            ErrorCode::AuthFailed if *proxied => {
+                "; a server behind a proxy needs --own-name with the host of this name"
+            }
             ErrorCode::AuthFailed => "; if a proxy in front of it ends TLS, set `proxied: true` for this server",
             ErrorCode::NamespaceRefused => {
                 return format!(
@@ -477,7 +483,7 @@ impl Client {
 
     /// Between half and all of the pause, which then doubles.
     fn draw_pause(&mut self) -> Duration {
-        let drawn = self.random.between(self.pause / 2, self.pause);
+        let drawn = self.random.jitter(self.pause);
         self.pause = (self.pause * 2).min(RECONNECT_MAX);
         drawn
     }

@@ -8,8 +8,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use mesh_common::limits::{
-    HELLO_TIMEOUT, MAX_FAILED_PROOFS_PER_MINUTE, MAX_UNPROVEN_PER_IP, NEW_NAMESPACES_PER_IP_PER_HOUR, PUT_BURST,
-    PUT_INTERVAL,
+    MAX_FAILED_PROOFS_PER_MINUTE, MAX_UNPROVEN_PER_IP, NEW_NAMESPACES_PER_IP_PER_HOUR, PUT_BURST, PUT_INTERVAL,
 };
 use mesh_common::time::Instant;
 
@@ -51,6 +50,9 @@ pub const MAX_SESSIONS_PER_NODE: u32 = 8;
 pub const SPARE_SESSIONS_PER_NAMESPACE: usize = 16;
 /// When a full server is worth asking again.
 pub const FULL_RETRY_AFTER: Duration = Duration::from_secs(30);
+/// When an address has room for another unproven connection: honest ones prove themselves within a round trip, and all nodes
+/// of a site behind one NAT want in after a restart.
+pub const UNPROVEN_RETRY_AFTER: Duration = Duration::from_secs(2);
 /// How long after its last slot and session a namespace is forgotten.
 pub const EMPTY_NAMESPACE_TTL: Duration = Duration::from_secs(60);
 /// A closed connection whose carrier does not end is forgotten after this long.
@@ -143,7 +145,7 @@ impl SiteBudgets {
     pub fn open_unproven(&mut self, site: Site) -> Result<(), Exceeded> {
         let count = self.unproven.entry(site).or_default();
         if *count >= MAX_UNPROVEN_PER_IP {
-            return Err(Exceeded { limit: reason::UNPROVEN_PER_IP, retry_after: HELLO_TIMEOUT });
+            return Err(Exceeded { limit: reason::UNPROVEN_PER_IP, retry_after: UNPROVEN_RETRY_AFTER });
         }
         *count += 1;
         Ok(())

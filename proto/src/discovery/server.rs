@@ -12,7 +12,6 @@
 //! - A closed connection has left its namespace; it exists only to hand out its last words until the carrier is gone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -20,9 +19,8 @@ use bytes::Bytes;
 use mesh_common::id::{Namespace, NodeId};
 use mesh_common::limits::{HELLO_TIMEOUT, MAX_MESSAGE, MAX_QUEUED_REPLIES, NONCE_LIFETIME, SESSION_IDLE};
 use mesh_common::time::Instant;
-use sha2::{Digest, Sha256};
-use zeroize::Zeroizing;
 
+use self::challenge::Challenges;
 use super::limits::{
     CLOSE_GRACE, EMPTY_NAMESPACE_TTL, Exceeded, FULL_RETRY_AFTER, MAX_SESSIONS_PER_NODE, SPARE_SESSIONS_PER_NAMESPACE,
     Site, SiteBudgets, reason,
@@ -60,9 +58,16 @@ pub enum ServerEvent {
     /// Send what is queued, then close the carrier.
     Close(ConnId),
     /// This connection has proven to be this node.
-    Joined { conn: ConnId, namespace: Namespace, node: NodeId },
+    Joined {
+        conn: ConnId,
+        namespace: Namespace,
+        node: NodeId,
+    },
     /// The last session of this node ended; its slot starts its TTL.
-    Left { namespace: Namespace, node: NodeId },
+    Left {
+        namespace: Namespace,
+        node: NodeId,
+    },
     NamespaceOpened(Namespace),
     NamespaceFreed(Namespace),
 }
@@ -137,7 +142,7 @@ impl Server {
         });
         Self {
             config,
-            challenges: Challenges { seed: Zeroizing::new(seed), drawn: 0 },
+            challenges: Challenges::new(seed),
             store,
             sites: SiteBudgets::default(),
             connections: BTreeMap::new(),
@@ -397,18 +402,12 @@ impl Server {
     fn check_proof(&self, connection: &Connection, hello: &Hello, now: Instant) -> Result<(), &'static str> {
         let binding = match hello.mode {
             BindingMode::Exporter => Binding::Exporter(connection.exporter),
-            BindingMode::Challenge => {
-                // A proof for another server's name could have been asked for there, and carried here.
-                let host = host_of(&hello.server_name);
-                if !self.config.own_names.iter().any(|own| own.eq_ignore_ascii_case(host)) {
-                    return Err(reason::OWN_NAME);
-                }
-                let (challenge, good_until) = connection.challenge;
-                if now >= good_until {
-                    return Err(reason::NONCE_LIFETIME);
-                }
-                Binding::Challenge(challenge)
+            // A proof for another server's name could have been asked for there, and carried here.
+            BindingMode::Challenge if !challenge::is_own_name(&hello.server_name, &self.config.own_names) => {
+                return Err(reason::OWN_NAME);
             }
+            BindingMode::Challenge if now >= connection.challenge.1 => return Err(reason::NONCE_LIFETIME),
+            BindingMode::Challenge => Binding::Challenge(connection.challenge.0),
         };
         if hello.verify(binding) { Ok(()) } else { Err(reason::BAD_PROOF) }
     }
@@ -558,41 +557,10 @@ struct Refusal {
     answered: bool,
 }
 
-/// Draws challenges nobody can guess without the seed.
-struct Challenges {
-    seed: Zeroizing<[u8; 32]>,
-    drawn: u64,
-}
-
-impl Challenges {
-    fn draw(&mut self) -> [u8; 32] {
-        self.drawn += 1;
-        Sha256::new()
-            .chain_update(b"meshspan/v1 challenge")
-            .chain_update(*self.seed)
-            .chain_update(self.drawn.to_le_bytes())
-            .finalize()
-            .into()
-    }
-}
-
-impl fmt::Debug for Challenges {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Challenges").field("drawn", &self.drawn).finish_non_exhaustive()
-    }
-}
-
 fn error(code: ErrorCode, limit: &str, retry_after: Duration) -> SessionError {
     SessionError { code, limit: limit.to_owned(), retry_after }
 }
 
-/// The host of `host:port`, `[v6]:port` or a bare host.
-fn host_of(server_name: &str) -> &str {
-    if let Some((host, _)) = server_name.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        return host;
-    }
-    server_name.rsplit_once(':').map_or(server_name, |(host, _)| host)
-}
-
+mod challenge;
 #[cfg(test)]
 mod tests;

@@ -248,10 +248,7 @@ impl Store {
     pub fn watch(&self, namespace: &Namespace, cursor: Option<Cursor>) -> Watcher {
         let known = cursor.filter(|cursor| {
             cursor.server_instance == self.config.instance
-                && self
-                    .spaces
-                    .get(namespace)
-                    .is_some_and(|space| (space.floor..=space.head).contains(&cursor.version))
+                && self.spaces.get(namespace).is_some_and(|space| (space.floor..=space.head).contains(&cursor.version))
         });
         Watcher {
             position: known.map_or(0, |cursor| cursor.version),
@@ -274,8 +271,7 @@ impl Store {
             if node == reader {
                 continue;
             }
-            let entry = space.nodes.get(node).expect("a node in the history has content");
-            let change = match entry.content.frame() {
+            let change = match space.nodes.get(node).and_then(|entry| entry.content.frame()) {
                 Some(frame) => Change::Frame(frame.as_bytes().clone()),
                 None if *version <= watcher.snapshot_end => continue,
                 None => Change::Gone(*node),

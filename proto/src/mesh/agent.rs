@@ -112,6 +112,7 @@ pub struct Agent {
     rp_filter_denied: BTreeSet<String>,
     /// Steps are with the shell.
     applying: bool,
+    last_steps: Option<Vec<Action>>,
     applied_once: bool,
     failed: BTreeMap<String, String>,
     retry_pause: Duration,
@@ -152,12 +153,7 @@ struct Leaving {
 impl Agent {
     pub fn new(settings: Settings, start: Start, now: Instant) -> Self {
         let own = start.identity.node_id();
-        let mut members = Members::new(
-            start.keys.clone(),
-            settings.cluster_id.clone(),
-            own,
-            start.marks,
-        );
+        let mut members = Members::new(start.keys.clone(), settings.cluster_id.clone(), own, start.marks);
         members.set_own_seq(start.last_seq);
         members.set_denied(settings.deny_nodes.clone());
         let nonces = publish::Nonces::new(start.seed);
@@ -185,6 +181,7 @@ impl Agent {
             publisher: publish::Publisher::new(start.last_seq, start.claim),
             rp_filter_denied: BTreeSet::new(),
             applying: false,
+            last_steps: None,
             applied_once: false,
             failed: BTreeMap::new(),
             retry_pause: RETRY_FAILED_STEPS,
@@ -216,16 +213,18 @@ impl Agent {
         self.publisher.claim.map(|claim| claim.addr)
     }
 
+    /// Where packets of this peer go now, for a device that has just learned of it.
+    pub fn route_of(&self, key: &WgPublicKey) -> Option<&PeerRoute> {
+        self.paths.get(key).map(PathAgent::route).or_else(|| self.static_routes.get(key))
+    }
+
     pub fn members(&self) -> &Members {
         &self.members
     }
 
     /// Frames of all members, for the cache.
     pub fn frames(&self) -> Vec<Bytes> {
-        self.members
-            .iter()
-            .map(|(_, member)| member.frame.as_bytes().clone())
-            .collect()
+        self.members.iter().map(|(_, member)| member.frame.as_bytes().clone()).collect()
     }
 
     /// The operator changed the settings; identity and cluster stay.
@@ -236,7 +235,7 @@ impl Agent {
         self.set_own_prefixes(now);
         if servers_changed {
             self.disconnect_servers();
-            self.members.clear_listings();
+            self.members.forget_servers_from(ServerId(self.settings.servers.len()));
             self.connect_servers(now);
         }
         self.rp_filter_denied.clear();
@@ -246,10 +245,7 @@ impl Agent {
 
     /// What is on the host now, whoever changed it.
     pub fn handle_observed(&mut self, observed: Observed, now: Instant) {
-        let moved = self
-            .observed
-            .as_ref()
-            .is_some_and(|before| before.underlay != observed.underlay);
+        let moved = self.observed.as_ref().is_some_and(|before| before.underlay != observed.underlay);
         self.observed = Some(observed);
         if moved {
             tracing::info!("the network of this host changed");
@@ -266,12 +262,7 @@ impl Agent {
     }
 
     /// What came of the steps: those that failed with their reasons, and what is on the host after them.
-    pub fn handle_applied(
-        &mut self,
-        failures: Vec<(Action, StepError)>,
-        observed: Observed,
-        now: Instant,
-    ) {
+    pub fn handle_applied(&mut self, failures: Vec<(Action, StepError)>, observed: Observed, now: Instant) {
         self.applying = false;
         self.failed.clear();
         if failures.is_empty() {
@@ -298,10 +289,7 @@ impl Agent {
     }
 
     pub fn handle_peer_report(&mut self, peer: &WgPublicKey, report: &PeerReport, now: Instant) {
-        if matches!(
-            report,
-            PeerReport::Handshake { .. } | PeerReport::Roamed { .. }
-        ) {
+        if matches!(report, PeerReport::Handshake { .. } | PeerReport::Roamed { .. }) {
             self.members.note_evidence(peer, now);
         }
         if let Some(path) = self.paths.get_mut(peer) {
@@ -314,15 +302,10 @@ impl Agent {
             if is_down(after) != self.down.contains(peer) {
                 self.work_out_at(now);
             }
-        } else if let (
-            Some(route),
-            PeerReport::Handshake { endpoint } | PeerReport::Roamed { endpoint },
-        ) = (self.static_routes.get_mut(peer), report)
+        } else if let (Some(route), PeerReport::Handshake { endpoint } | PeerReport::Roamed { endpoint }) =
+            (self.static_routes.get_mut(peer), report)
         {
-            let moved = PeerRoute {
-                primary: Some(*endpoint),
-                handshake_fan_out: Vec::new(),
-            };
+            let moved = PeerRoute { primary: Some(*endpoint), handshake_fan_out: Vec::new() };
             if *route != moved {
                 *route = moved.clone();
                 self.events.push_back(AgentEvent::SetRoute(*peer, moved));
@@ -362,11 +345,7 @@ impl Agent {
     pub fn handle_leave(&mut self, now: Instant) {
         if self.leaving.is_none() {
             tracing::info!("leaving the mesh");
-            self.leaving = Some(Leaving {
-                give_up_at: Some(now + FAREWELL_WAIT),
-                said: false,
-                stopped: false,
-            });
+            self.leaving = Some(Leaving { give_up_at: Some(now + FAREWELL_WAIT), said: false, stopped: false });
             self.work_out_at(now);
         }
         self.settle(now);
@@ -377,8 +356,9 @@ impl Agent {
             client.handle_timeout(now);
         }
         for (key, path) in &mut self.paths {
+            let tunnel = path.tunnel_generation();
             path.handle_timeout(now);
-            if is_down(path.state(now)) != self.down.contains(key) {
+            if is_down(path.state(now)) != self.down.contains(key) || path.tunnel_generation() != tunnel {
                 self.due = Some(now);
             }
         }
@@ -403,9 +383,7 @@ impl Agent {
 
     /// The next message for a server.
     pub fn poll_transmit(&mut self) -> Option<(ServerId, Bytes)> {
-        self.clients
-            .iter_mut()
-            .find_map(|(server, client)| Some((*server, client.poll_transmit()?)))
+        self.clients.iter_mut().find_map(|(server, client)| Some((*server, client.poll_transmit()?)))
     }
 
     pub fn poll_event(&mut self) -> Option<AgentEvent> {
@@ -424,10 +402,7 @@ impl Agent {
             self.publisher.poll_timeout(),
             Some((self.next_tick, "compare desired and observed")),
         ];
-        clients
-            .chain(paths)
-            .chain(own.into_iter().flatten())
-            .min_by_key(|(at, _)| *at)
+        clients.chain(paths).chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
     }
 }
 
@@ -468,23 +443,18 @@ impl Agent {
             ClientEvent::HangUp => self.events.push_back(AgentEvent::HangUp(server)),
             ClientEvent::Welcomed { observed, .. } => {
                 tracing::info!(server = %name, %observed, "connected to discovery server");
-                *facts = ServerFacts {
-                    observed: Some(observed),
-                    ..ServerFacts::default()
-                };
+                *facts = ServerFacts { observed: Some(observed), ..ServerFacts::default() };
                 self.work_out_at(now);
             }
             ClientEvent::Frame(bytes) => self.handle_frame(server, bytes, now),
             ClientEvent::Synced { listed } => {
                 let changed = self.members.set_listing(server, &listed);
-                if self.synced_once {
-                    if changed {
-                        self.work_out_at(now + SETTLE);
-                    }
-                } else {
+                if !self.synced_once {
                     tracing::info!(server = %name, members = self.members.iter().count(), "learned the members of the cluster");
                     self.synced_once = true;
                     self.work_out_at(now);
+                } else if changed {
+                    self.work_out_at(now + SETTLE);
                 }
             }
             ClientEvent::Gone(node) => {
@@ -518,10 +488,7 @@ impl Agent {
                 }
             }
             Ok((node, admission)) => {
-                let host_name = self
-                    .members
-                    .get(&node)
-                    .map(|member| member.record.host_name.clone());
+                let host_name = self.members.get(&node).map(|member| member.record.host_name.clone());
                 match admission {
                     Admission::New => {
                         tracing::info!(node = %node.short(), ?host_name, "member joined")
@@ -543,12 +510,7 @@ impl Agent {
             self.peers = self.judge_peers(now);
             self.sync_paths(now);
         }
-        self.down = self
-            .paths
-            .iter()
-            .filter(|(_, path)| is_down(path.state(now)))
-            .map(|(key, _)| *key)
-            .collect();
+        self.down = self.paths.iter().filter(|(_, path)| is_down(path.state(now))).map(|(key, _)| *key).collect();
         if self.applying || self.retry_at.is_some() {
             self.publish_if_changed(now);
             return;
@@ -556,13 +518,16 @@ impl Agent {
         let Some(observed) = &self.observed else {
             return;
         };
-        let desired = if self.leaving.is_some() {
-            Desired::default()
-        } else {
-            self.desired(observed)
-        };
+        let desired = if self.leaving.is_some() { Desired::default() } else { self.desired(observed) };
         let steps = reconcile(&desired, observed);
-        if !steps.is_empty() {
+        if !steps.is_empty() && self.last_steps.replace(steps.clone()).as_ref() == Some(&steps) {
+            // Done without an error and without effect: somebody undoes them, or this host does not take them.
+            self.retry_at = Some(now + self.retry_pause);
+            self.retry_pause = (self.retry_pause * 2).min(RECONCILE_INTERVAL);
+            self.last_steps = None;
+        } else if steps.is_empty() {
+            self.last_steps = None;
+        } else {
             self.applying = true;
             self.events.push_back(AgentEvent::Apply(steps));
         }
@@ -576,6 +541,7 @@ impl Agent {
             overlay_v6: self.overlay_v6(),
             overlay_v4: self.overlay_v4(),
             peers: &self.peers,
+            tunnels: &self.paths.iter().map(|(key, path)| (*key, path.tunnel_generation())).collect(),
             down: &self.down,
             underlay: &observed.underlay,
             loosened: &observed.loosened,
@@ -608,29 +574,17 @@ impl Agent {
             self.preshared_keys
                 .entry((peer.key, peer.node))
                 .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
-            let path = self
-                .paths
-                .entry(peer.key)
-                .or_insert_with(|| PathAgent::new(self.random.next_u64()));
+            let path = self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64()));
             path.handle_candidates(&peer.candidates);
-            path.handle_generation(peer.generation, now);
+            path.handle_instance(peer.instance, now);
         }
-        let statics: BTreeMap<WgPublicKey, &StaticPeer> = self
-            .settings
-            .static_peers
-            .iter()
-            .map(|peer| (peer.public_key, peer))
-            .collect();
-        self.static_routes
-            .retain(|key, _| statics.contains_key(key));
+        let statics: BTreeMap<WgPublicKey, &StaticPeer> =
+            self.settings.static_peers.iter().map(|peer| (peer.public_key, peer)).collect();
+        self.static_routes.retain(|key, _| statics.contains_key(key));
         for (key, peer) in statics {
             self.static_routes.entry(key).or_insert_with(|| {
-                let route = PeerRoute {
-                    primary: peer.endpoint,
-                    handshake_fan_out: Vec::new(),
-                };
-                self.events
-                    .push_back(AgentEvent::SetRoute(key, route.clone()));
+                let route = PeerRoute { primary: peer.endpoint, handshake_fan_out: Vec::new() };
+                self.events.push_back(AgentEvent::SetRoute(key, route.clone()));
                 route
             });
         }
@@ -640,29 +594,15 @@ impl Agent {
     fn resolve_overlay_v4(&mut self, now: Instant) {
         let own = self.identity.node_id();
         let is_held = |claim: &OwnClaim| {
-            let ours = Claim {
-                claimed_at_ms: claim.claimed_at_ms,
-                node: own,
-            };
-            self.members
-                .iter()
-                .filter(|(_, member)| member.is_live(now))
-                .any(|(node, member)| {
-                    member.record.overlay_v4.is_some_and(|theirs| {
-                        theirs.addr == claim.addr
-                            && Claim {
-                                claimed_at_ms: theirs.claimed_at_ms,
-                                node: *node,
-                            } < ours
-                    })
+            let ours = Claim { claimed_at_ms: claim.claimed_at_ms, node: own };
+            self.members.iter().filter(|(_, member)| member.is_live(now)).any(|(node, member)| {
+                member.record.overlay_v4.is_some_and(|theirs| {
+                    theirs.addr == claim.addr && Claim { claimed_at_ms: theirs.claimed_at_ms, node: *node } < ours
                 })
+            })
         };
         let pool = self.settings.overlay_v4_pool;
-        match self
-            .publisher
-            .claim
-            .filter(|claim| pool.contains(&claim.addr))
-        {
+        match self.publisher.claim.filter(|claim| pool.contains(&claim.addr)) {
             Some(claim) if !is_held(&claim) => return,
             Some(claim) => {
                 tracing::warn!(addr = %claim.addr, "an older claim holds our overlay IPv4 address: taking another")
@@ -674,10 +614,7 @@ impl Agent {
             return;
         }
         let chosen = peer::choose_overlay_v4(pool, &self.members, &own, now);
-        self.publisher.claim = chosen.map(|addr| OwnClaim {
-            addr,
-            claimed_at_ms: self.unix_ms(now),
-        });
+        self.publisher.claim = chosen.map(|addr| OwnClaim { addr, claimed_at_ms: self.unix_ms(now) });
         if let Some(claim) = self.publisher.claim {
             tracing::info!(addr = %claim.addr, "took an overlay IPv4 address");
             self.events.push_back(AgentEvent::StoreClaim(claim));
@@ -686,20 +623,12 @@ impl Agent {
 
     /// Whether enough is known of others to take an address.
     fn may_claim(&self, now: Instant) -> bool {
-        self.synced_once
-            || self.clients.is_empty()
-            || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
+        self.synced_once || self.clients.is_empty() || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
     }
 
     fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
         let claim = self.publisher.claim?;
-        Some((
-            claim.addr,
-            Claim {
-                claimed_at_ms: claim.claimed_at_ms,
-                node: self.identity.node_id(),
-            },
-        ))
+        Some((claim.addr, Claim { claimed_at_ms: claim.claimed_at_ms, node: self.identity.node_id() }))
     }
 
     fn finish_leaving(&mut self, now: Instant) {
@@ -707,28 +636,14 @@ impl Agent {
             return;
         };
         if !leaving.said {
-            self.leaving = Some(Leaving {
-                said: true,
-                ..leaving
-            });
+            self.leaving = Some(Leaving { said: true, ..leaving });
             self.reserve_seq(now);
         }
-        if leaving.give_up_at.is_some_and(|at| now >= at) {
-            self.leaving = self.leaving.map(|leaving| Leaving {
-                give_up_at: None,
-                ..leaving
-            });
-        }
-        let is_farewell_done =
-            leaving.give_up_at.is_none() || self.publisher.is_stored_by(&self.connected());
+        let is_farewell_done = !is_farewell_due || self.publisher.is_stored_by(&self.connected());
         let is_clean = !self.applying && self.retry_at.is_none() && self.due.is_none();
-        if leaving.said && is_farewell_done && is_clean {
+        if is_farewell_done && is_clean {
             self.disconnect_servers();
-            self.leaving = Some(Leaving {
-                give_up_at: None,
-                said: true,
-                stopped: true,
-            });
+            self.leaving = Some(Leaving { give_up_at: None, said: true, stopped: true });
             self.events.push_back(AgentEvent::Stopped);
         }
     }
@@ -759,19 +674,12 @@ impl Agent {
     }
 
     fn connected(&self) -> BTreeSet<ServerId> {
-        let is_live =
-            |client: &Client| matches!(client.state(), ClientState::Syncing | ClientState::Live);
-        self.clients
-            .iter()
-            .filter(|(_, client)| is_live(client))
-            .map(|(server, _)| *server)
-            .collect()
+        let is_live = |client: &Client| matches!(client.state(), ClientState::Syncing | ClientState::Live);
+        self.clients.iter().filter(|(_, client)| is_live(client)).map(|(server, _)| *server).collect()
     }
 
     fn underlay(&self) -> &[crate::device::UnderlayLink] {
-        self.observed
-            .as_ref()
-            .map_or(&[], |observed| &observed.underlay)
+        self.observed.as_ref().map_or(&[], |observed| &observed.underlay)
     }
 
     fn work_out_at(&mut self, at: Instant) {

@@ -20,6 +20,8 @@ pub struct Inputs<'a> {
     pub overlay_v6: Ipv6Addr,
     pub overlay_v4: Option<Ipv4Addr>,
     pub peers: &'a [Peer],
+    /// Which tunnel each peer should have, see [`PeerSpec::generation`].
+    pub tunnels: &'a BTreeMap<WgPublicKey, u64>,
     /// Peers with demand and no way to reach them.
     pub down: &'a BTreeSet<WgPublicKey>,
     pub underlay: &'a [UnderlayLink],
@@ -37,12 +39,9 @@ impl Inputs<'_> {
             let allowed_ips = peer.routed();
             let is_down = self.down.contains(&peer.key);
             self.add_routes(&mut routes, &allowed_ips, is_down, &endpoints);
-            let spec = PeerSpec {
-                preshared_key: self.preshared_keys.get(&(peer.key, peer.node)).cloned(),
-                allowed_ips,
-                keepalive: None,
-                generation: peer.generation,
-            };
+            let preshared_key = self.preshared_keys.get(&(peer.key, peer.node)).cloned();
+            let generation = self.tunnels.get(&peer.key).copied().unwrap_or(0);
+            let spec = PeerSpec { preshared_key, allowed_ips, keepalive: None, generation };
             peers.insert(peer.key, spec);
         }
         for peer in &self.settings.static_peers {
@@ -56,10 +55,7 @@ impl Inputs<'_> {
             peers.insert(peer.public_key, spec);
         }
         self.spare_connected_subnets(&mut routes);
-        let addresses = [
-            Some(IpAddr::V6(self.overlay_v6)),
-            self.overlay_v4.map(IpAddr::V4),
-        ];
+        let addresses = [Some(IpAddr::V6(self.overlay_v6)), self.overlay_v4.map(IpAddr::V4)];
         let link = Link {
             name: self.settings.link_name.clone(),
             mtu: self.settings.mtu,
@@ -72,6 +68,7 @@ impl Inputs<'_> {
             routes,
             rules: Family::ALL.into(),
             loose_rp_filter: self.loose_rp_filter(),
+            mss_clamp: true,
         }
     }
 
@@ -88,25 +85,16 @@ impl Inputs<'_> {
             let holds_endpoint = || endpoints.iter().any(|addr| prefix.contains(addr));
             let down = is_peer_down && (self.settings.allow_down_peer_bypass || !holds_endpoint());
             if !self.settings.allow_down_peer_bypass {
-                routes.insert(Route {
-                    prefix,
-                    kind: RouteKind::Unreachable,
-                });
+                routes.insert(Route { prefix, kind: RouteKind::Unreachable });
             } else if down {
-                routes.insert(Route {
-                    prefix,
-                    kind: RouteKind::Throw,
-                });
+                routes.insert(Route { prefix, kind: RouteKind::Throw });
             }
             if !down {
                 let source = match prefix {
                     IpNet::V4(_) => self.overlay_v4.map(IpAddr::V4),
                     IpNet::V6(_) => Some(IpAddr::V6(self.overlay_v6)),
                 };
-                routes.insert(Route {
-                    prefix,
-                    kind: RouteKind::Dev { mtu: None, source },
-                });
+                routes.insert(Route { prefix, kind: RouteKind::Dev { mtu: None, source } });
             }
         }
     }
@@ -120,30 +108,16 @@ impl Inputs<'_> {
     /// A peer's wide prefix must not take the host's own LAN away from it.
     fn spare_connected_subnets(&self, routes: &mut BTreeSet<Route>) {
         let prefixes: BTreeSet<IpNet> = routes.iter().map(|route| route.prefix).collect();
-        let connected = self
-            .underlay
-            .iter()
-            .flat_map(|link| &link.addresses)
-            .map(IpNet::trunc);
-        let inside = |subnet: &IpNet| {
-            prefixes
-                .iter()
-                .any(|prefix| prefix != subnet && prefix.contains(subnet))
-        };
-        let spared: Vec<_> = connected
-            .filter(|subnet| !prefixes.contains(subnet) && inside(subnet))
-            .collect();
-        routes.extend(spared.into_iter().map(|prefix| Route {
-            prefix,
-            kind: RouteKind::Throw,
-        }));
+        let connected = self.underlay.iter().flat_map(|link| &link.addresses).map(IpNet::trunc);
+        let inside = |subnet: &IpNet| prefixes.iter().any(|prefix| prefix != subnet && prefix.contains(subnet));
+        let spared: Vec<_> = connected.filter(|subnet| !prefixes.contains(subnet) && inside(subnet)).collect();
+        routes.extend(spared.into_iter().map(|prefix| Route { prefix, kind: RouteKind::Throw }));
     }
 
     /// Answers of a peer whose endpoint lies inside a mesh prefix come in by the underlay, while the route back is the mesh.
     fn loose_rp_filter(&self) -> BTreeSet<String> {
         let endpoints = self.endpoints_v4();
-        let holds_endpoint =
-            |prefix: &IpNet| endpoints.iter().any(|addr| prefix.contains(addr));
+        let holds_endpoint = |prefix: &IpNet| endpoints.iter().any(|addr| prefix.contains(addr));
         if !self.peers.iter().any(|peer| peer.routed().iter().any(holds_endpoint)) {
             return BTreeSet::new();
         }

@@ -95,12 +95,7 @@ pub struct Members {
 }
 
 impl Members {
-    pub fn new(
-        keys: ClusterKeys,
-        cluster_id: String,
-        own: NodeId,
-        marks: BTreeMap<NodeId, u64>,
-    ) -> Self {
+    pub fn new(keys: ClusterKeys, cluster_id: String, own: NodeId, marks: BTreeMap<NodeId, u64>) -> Self {
         Self {
             keys,
             cluster_id,
@@ -160,10 +155,10 @@ impl Members {
         changed
     }
 
-    /// The servers are others from now on: what the old ones listed says nothing.
-    pub fn clear_listings(&mut self) {
+    /// Servers from this place on are configured no longer: what they listed counts no longer.
+    pub fn forget_servers_from(&mut self, first: ServerId) {
         for member in self.members.values_mut() {
-            member.listed_by.clear();
+            member.listed_by.retain(|server| *server < first);
         }
     }
 
@@ -176,11 +171,7 @@ impl Members {
 
     /// A handshake or authentic traffic spoke for the owner of this key.
     pub fn note_evidence(&mut self, key: &WgPublicKey, now: Instant) {
-        if let Some(member) = self
-            .members
-            .values_mut()
-            .find(|member| member.record.wg_key == *key)
-        {
+        if let Some(member) = self.members.values_mut().find(|member| member.record.wg_key == *key) {
             member.last_evidence = now;
         }
     }
@@ -189,15 +180,10 @@ impl Members {
     /// listings count; what a server said before it was lost does not keep a member for ever.
     pub fn expire(&mut self, connected: &BTreeSet<ServerId>, now: Instant) -> Vec<NodeId> {
         let is_expired = |member: &Member| {
-            member.listed_by.is_disjoint(connected)
-                && now.since(member.last_evidence) >= member.record.valid_for
+            member.listed_by.is_disjoint(connected) && now.since(member.last_evidence) >= member.record.valid_for
         };
-        let expired: Vec<_> = self
-            .members
-            .iter()
-            .filter(|(_, member)| is_expired(member))
-            .map(|(node, _)| *node)
-            .collect();
+        let expired: Vec<_> =
+            self.members.iter().filter(|(_, member)| is_expired(member)).map(|(node, _)| *node).collect();
         for node in &expired {
             self.members.remove(node);
         }
@@ -206,10 +192,7 @@ impl Members {
 
     /// The earliest time at which [`Self::expire`] could remove someone.
     pub fn next_expiry(&self) -> Option<Instant> {
-        self.members
-            .values()
-            .map(|member| member.last_evidence + member.record.valid_for)
-            .min()
+        self.members.values().map(|member| member.last_evidence + member.record.valid_for).min()
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&NodeId, &Member)> {
@@ -243,11 +226,7 @@ impl Members {
         if node == self.own {
             return self.judge_own(&frame);
         }
-        if self
-            .marks
-            .get(&node)
-            .is_some_and(|mark| *mark > frame.seq())
-        {
+        if self.marks.get(&node).is_some_and(|mark| *mark > frame.seq()) {
             return Err(Rejection::Stale);
         }
         if self.deny.contains(&node) {
@@ -260,18 +239,12 @@ impl Members {
             return Ok((node, Admission::Left));
         };
         // A frame at the mark is the member's own, seen before a restart of ours; a member that is there has that frame.
-        if self
-            .members
-            .get(&node)
-            .is_some_and(|known| known.frame.seq() >= frame.seq())
-        {
+        if self.members.get(&node).is_some_and(|known| known.frame.seq() >= frame.seq()) {
             return Err(Rejection::Stale);
         }
         // Only nodes that share a seed can both prove one key; the smaller id keeps it, whoever came first.
-        let holder = self
-            .members
-            .iter()
-            .find(|(other, member)| **other != node && member.record.wg_key == record.wg_key);
+        let holder =
+            self.members.iter().find(|(other, member)| **other != node && member.record.wg_key == record.wg_key);
         if let Some(holder) = holder.map(|(other, _)| *other) {
             if holder < node {
                 return Err(Rejection::KeyTaken);
@@ -285,22 +258,10 @@ impl Members {
         let previous = self.members.remove(&node);
         let admission = match &previous {
             None => Admission::New,
-            Some(previous) => Admission::Updated {
-                restarted: previous.record.instance != record.instance,
-            },
+            Some(previous) => Admission::Updated { restarted: previous.record.instance != record.instance },
         };
-        let listed_by = previous
-            .map(|previous| previous.listed_by)
-            .unwrap_or_default();
-        self.members.insert(
-            node,
-            Member {
-                record: *record,
-                frame,
-                last_evidence: now,
-                listed_by,
-            },
-        );
+        let listed_by = previous.map(|previous| previous.listed_by).unwrap_or_default();
+        self.members.insert(node, Member { record: *record, frame, last_evidence: now, listed_by });
         Ok((node, admission))
     }
 
@@ -312,23 +273,14 @@ impl Members {
             Opened::Record(record) => Some(record.instance),
             Opened::Tombstone => None,
         };
-        Ok((
-            self.own,
-            Admission::OwnIdentity {
-                seq: frame.seq(),
-                instance,
-            },
-        ))
+        Ok((self.own, Admission::OwnIdentity { seq: frame.seq(), instance }))
     }
 
     /// Bounded: beyond four marks a member slot, those of nodes that left are given up, lowest number first.
     fn mark(&mut self, node: NodeId, seq: u64) {
         self.marks.insert(node, seq);
         if self.marks.len() > 4 * MAX_MEMBERS {
-            let gone = self
-                .marks
-                .iter()
-                .filter(|(node, _)| !self.members.contains_key(node));
+            let gone = self.marks.iter().filter(|(node, _)| !self.members.contains_key(node));
             if let Some(oldest) = gone.min_by_key(|(_, seq)| **seq).map(|(node, _)| *node) {
                 self.marks.remove(&oldest);
             }

@@ -29,27 +29,16 @@ pub struct Peer {
     pub prefixes: Vec<(IpNet, Verdict)>,
     /// Where it may be reached, best first.
     pub candidates: Vec<SocketAddr>,
-    /// Its instance, to notice a restart.
-    pub generation: u64,
+    /// Which start of its agent the record is of.
+    pub instance: [u8; 16],
 }
 
 impl Peer {
     /// The prefixes that are routed to it, overlay addresses included.
     pub fn routed(&self) -> BTreeSet<IpNet> {
-        let overlay = [
-            Some(IpAddr::V6(self.overlay_v6)),
-            self.overlay_v4.map(IpAddr::V4),
-        ];
-        let announced = self
-            .prefixes
-            .iter()
-            .filter(|(_, verdict)| *verdict == Verdict::Routed);
-        overlay
-            .into_iter()
-            .flatten()
-            .map(IpNet::from)
-            .chain(announced.map(|(prefix, _)| *prefix))
-            .collect()
+        let overlay = [Some(IpAddr::V6(self.overlay_v6)), self.overlay_v4.map(IpAddr::V4)];
+        let announced = self.prefixes.iter().filter(|(_, verdict)| *verdict == Verdict::Routed);
+        overlay.into_iter().flatten().map(IpNet::from).chain(announced.map(|(prefix, _)| *prefix)).collect()
     }
 }
 
@@ -95,17 +84,10 @@ impl Surroundings<'_> {
             prefix_owners: self.prefix_owners(),
             v4_owners: self.v4_owners(),
             overlay_space: self.overlay_space(),
-            own_addresses: self
-                .underlay
-                .iter()
-                .flat_map(|link| link.addresses.iter().map(IpNet::addr))
-                .collect(),
+            own_addresses: self.underlay.iter().flat_map(|link| link.addresses.iter().map(IpNet::addr)).collect(),
         };
-        let mut peers: Vec<_> = self
-            .members
-            .iter()
-            .map(|(node, member)| self.peer(*node, member, &shared))
-            .collect();
+        let mut peers: Vec<_> =
+            self.members.iter().map(|(node, member)| self.peer(*node, member, &shared)).collect();
         self.refuse_captured_endpoints(&mut peers);
         peers
     }
@@ -113,24 +95,17 @@ impl Surroundings<'_> {
     fn peer(&self, node: NodeId, member: &Member, shared: &Shared) -> Peer {
         let record = &member.record;
         let overlay_v4 = record.overlay_v4.map(|overlay| overlay.addr);
-        let is_owner = |addr: &Ipv4Addr| {
-            let owner = shared.v4_owners.get(addr);
-            owner.is_some_and(|claim| claim.node == node)
-        };
+        let is_owner = |addr: &Ipv4Addr| shared.v4_owners.get(addr).is_some_and(|claim| claim.node == node);
         let overlay_v4 = overlay_v4.filter(is_owner);
         let announced: BTreeSet<IpNet> = record.prefixes.iter().map(|claim| claim.prefix).collect();
         Peer {
             node,
             key: record.wg_key,
             overlay_v6: record.overlay_v6,
-            overlay_v4: overlay_v4
-                .filter(|addr| self.local_overlap(IpNet::from(IpAddr::V4(*addr))).is_none()),
-            prefixes: announced
-                .into_iter()
-                .map(|prefix| (prefix, self.verdict(prefix, node, shared)))
-                .collect(),
+            overlay_v4: overlay_v4.filter(|addr| self.local_overlap(IpNet::from(IpAddr::V4(*addr))).is_none()),
+            prefixes: announced.into_iter().map(|prefix| (prefix, self.verdict(prefix, node, shared))).collect(),
             candidates: self.candidates(member, shared),
-            generation: generation(&record.instance),
+            instance: record.instance,
         }
     }
 
@@ -138,8 +113,7 @@ impl Surroundings<'_> {
         if let Err(refusal) = addr::check_prefix(prefix, self.settings.allow_wide_prefixes) {
             return Verdict::Refused(refusal);
         }
-        let mut spaces = shared.overlay_space.iter();
-        if spaces.any(|space| space.contains(&prefix)) {
+        if shared.overlay_space.iter().any(|space| space.contains(&prefix)) {
             return Verdict::OverlaySpace;
         }
         match shared.prefix_owners.get(&prefix) {
@@ -155,21 +129,11 @@ impl Surroundings<'_> {
     /// The smallest claim on every announced prefix, ours included. Members that are gone count only where nobody else
     /// announces the same.
     fn prefix_owners(&self) -> BTreeMap<IpNet, Claim> {
-        let own = self
-            .own_prefixes
-            .iter()
-            .map(|(prefix, since)| (true, *prefix, self.own_claim(*since)));
+        let own = self.own_prefixes.iter().map(|(prefix, since)| (true, *prefix, self.own_claim(*since)));
         let others = self.members.iter().flat_map(|(node, member)| {
             let live = member.is_live(self.now);
             member.record.prefixes.iter().map(move |announced| {
-                (
-                    live,
-                    announced.prefix,
-                    Claim {
-                        claimed_at_ms: announced.since_ms,
-                        node: *node,
-                    },
-                )
+                (live, announced.prefix, Claim { claimed_at_ms: announced.since_ms, node: *node })
             })
         });
         smallest_claims(own.chain(others))
@@ -179,46 +143,32 @@ impl Surroundings<'_> {
         let own = self.own_overlay_v4.map(|(addr, claim)| (true, addr, claim));
         let others = self.members.iter().filter_map(|(node, member)| {
             let overlay = member.record.overlay_v4?;
-            let claim = Claim {
-                claimed_at_ms: overlay.claimed_at_ms,
-                node: *node,
-            };
+            let claim = Claim { claimed_at_ms: overlay.claimed_at_ms, node: *node };
             Some((member.is_live(self.now), overlay.addr, claim))
         });
         smallest_claims(own.into_iter().chain(others))
     }
 
     fn own_claim(&self, since_ms: u64) -> Claim {
-        Claim {
-            claimed_at_ms: since_ms,
-            node: self.own,
-        }
+        Claim { claimed_at_ms: since_ms, node: self.own }
     }
 
     fn overlay_space(&self) -> [IpNet; 2] {
         let mut prefix = [0; 16];
         prefix[..8].copy_from_slice(&addr::overlay_v6_prefix(&self.settings.cluster_id));
         let ula = Ipv6Net::new(Ipv6Addr::from(prefix), 64).expect("64 is a prefix length");
-        [
-            IpNet::V4(self.settings.overlay_v4_pool.trunc()),
-            IpNet::V6(ula),
-        ]
+        [IpNet::V4(self.settings.overlay_v4_pool.trunc()), IpNet::V6(ula)]
     }
 
     /// The connected subnet that holds this prefix.
     fn local_overlap(&self, prefix: IpNet) -> Option<(IpNet, String)> {
-        self.connected()
-            .find(|(subnet, _)| subnet.contains(&prefix))
-            .map(|(subnet, link)| (subnet, link.to_owned()))
+        self.connected().find(|(subnet, _)| subnet.contains(&prefix)).map(|(subnet, link)| (subnet, link.to_owned()))
     }
 
     /// Subnets this node is connected to. A host address is no subnet.
     fn connected(&self) -> impl Iterator<Item = (IpNet, &str)> {
         self.underlay.iter().flat_map(|link| {
-            let subnets = link
-                .addresses
-                .iter()
-                .filter(|net| net.prefix_len() < net.max_prefix_len());
+            let subnets = link.addresses.iter().filter(|net| net.prefix_len() < net.max_prefix_len());
             subnets.map(|net| (net.trunc(), link.name.as_str()))
         })
     }
@@ -231,9 +181,7 @@ impl Surroundings<'_> {
                 && !shared.overlay_space.iter().any(|space| space.contains(&at.ip()))
         };
         let rank = |kind: CandidateKind, at: &SocketAddr| {
-            let on_link = self
-                .connected()
-                .any(|(subnet, _)| subnet.contains(&at.ip()));
+            let on_link = self.connected().any(|(subnet, _)| subnet.contains(&at.ip()));
             let kind = match kind {
                 CandidateKind::Static => 0,
                 CandidateKind::Host => 1,
@@ -251,11 +199,7 @@ impl Surroundings<'_> {
             .collect();
         ranked.sort_unstable();
         let mut seen = BTreeSet::new();
-        ranked
-            .into_iter()
-            .map(|(_, _, at)| at)
-            .filter(|at| seen.insert(*at))
-            .collect()
+        ranked.into_iter().map(|(_, _, at)| at).filter(|at| seen.insert(*at)).collect()
     }
 
     /// A prefix that covers an endpoint makes the answers of that endpoint fail a strict reverse path filter.
@@ -263,16 +207,10 @@ impl Surroundings<'_> {
         let Some(link) = self.rp_filter_denied.first() else {
             return;
         };
-        let endpoints: BTreeSet<IpAddr> = peers
-            .iter()
-            .flat_map(|peer| &peer.candidates)
-            .map(SocketAddr::ip)
-            .filter(IpAddr::is_ipv4)
-            .collect();
+        let endpoints: BTreeSet<IpAddr> =
+            peers.iter().flat_map(|peer| &peer.candidates).map(SocketAddr::ip).filter(IpAddr::is_ipv4).collect();
         for (prefix, verdict) in peers.iter_mut().flat_map(|peer| &mut peer.prefixes) {
-            if *verdict == Verdict::Routed
-                && endpoints.iter().any(|endpoint| prefix.contains(endpoint))
-            {
+            if *verdict == Verdict::Routed && endpoints.iter().any(|endpoint| prefix.contains(endpoint)) {
                 *verdict = Verdict::RpFilter { link: link.clone() };
             }
         }
@@ -287,13 +225,6 @@ struct Shared {
     own_addresses: BTreeSet<IpAddr>,
 }
 
-/// A number that changes when the agent behind a record is another process.
-fn generation(instance: &[u8; 16]) -> u64 {
-    let mut half = [0; 8];
-    half.copy_from_slice(&instance[..8]);
-    u64::from_le_bytes(half)
-}
-
 /// Live claims first, then the smallest.
 fn smallest_claims<K: Ord>(claims: impl Iterator<Item = (bool, K, Claim)>) -> BTreeMap<K, Claim> {
     let mut best: BTreeMap<K, (bool, Claim)> = BTreeMap::new();
@@ -303,25 +234,16 @@ fn smallest_claims<K: Ord>(claims: impl Iterator<Item = (bool, K, Claim)>) -> BT
             *entry = (live, claim);
         }
     }
-    best.into_iter()
-        .map(|(key, (_, claim))| (key, claim))
-        .collect()
+    best.into_iter().map(|(key, (_, claim))| (key, claim)).collect()
 }
 
 /// The first choice of overlay IPv4 address of a node that no live member holds. `None` when the pool is as good as full.
-pub fn choose_overlay_v4(
-    pool: Ipv4Net,
-    members: &Members,
-    own: &NodeId,
-    now: Instant,
-) -> Option<Ipv4Addr> {
+pub fn choose_overlay_v4(pool: Ipv4Net, members: &Members, own: &NodeId, now: Instant) -> Option<Ipv4Addr> {
     let taken: BTreeSet<Ipv4Addr> = members
         .iter()
         .filter(|(_, member)| member.is_live(now))
         .filter_map(|(_, member)| member.record.overlay_v4.map(|overlay| overlay.addr))
         .collect();
     let attempts = 4 * u32::try_from(taken.len()).unwrap_or(u32::MAX / 4) + 64;
-    (0..attempts)
-        .filter_map(|attempt| addr::overlay_v4_choice(pool, own, attempt))
-        .find(|addr| !taken.contains(addr))
+    (0..attempts).filter_map(|attempt| addr::overlay_v4_choice(pool, own, attempt)).find(|addr| !taken.contains(addr))
 }

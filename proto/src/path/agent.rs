@@ -9,9 +9,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_common::limits::{
-    MAX_CANDIDATES, PEER_DOWN_AFTER, PEER_RETRY_MAX, REJECT_AFTER_TIME, REKEY_TIMEOUT,
-};
+use mesh_common::limits::{MAX_CANDIDATES, PEER_DOWN_AFTER, PEER_RETRY_MAX, REJECT_AFTER_TIME, REKEY_TIMEOUT};
 use mesh_common::time::Instant;
 
 use crate::device::{PeerReport, PeerRoute};
@@ -51,7 +49,10 @@ pub enum PathState {
 pub struct PathAgent {
     candidates: Vec<SocketAddr>,
     proven: Option<SocketAddr>,
-    generation: Option<u64>,
+    instance: Option<[u8; 16]>,
+    /// The peer restarted since its tunnel was made.
+    is_tunnel_stale: bool,
+    tunnel_generation: u64,
     last_handshake: Option<Instant>,
     attempt: Option<Attempt>,
     random: SplitMix64,
@@ -73,7 +74,9 @@ impl PathAgent {
         Self {
             candidates: Vec::new(),
             proven: None,
-            generation: None,
+            instance: None,
+            is_tunnel_stale: false,
+            tunnel_generation: 0,
             last_handshake: None,
             attempt: None,
             random: SplitMix64::new(seed),
@@ -88,23 +91,28 @@ impl PathAgent {
         self.update_route();
     }
 
-    /// Which run of the peer's agent its record is of. After another one nothing known of the old counts; traffic that
-    /// flowed is wanted still.
-    pub fn handle_generation(&mut self, generation: u64, now: Instant) {
-        let Some(before) = self.generation.replace(generation) else {
-            return;
-        };
-        if before == generation {
-            return;
+    /// Which start of the peer's agent its record is of. After another one the peer has no session with us, and traffic
+    /// that flowed is wanted still. The tunnel is not thrown away at once: the restarted agent may have greeted us before its
+    /// record came, and that session is good. It goes when nothing answers, or when nobody uses it.
+    pub fn handle_instance(&mut self, instance: [u8; 16], now: Instant) {
+        let before = self.instance.replace(instance);
+        if before.is_some_and(|before| before != instance) {
+            self.is_tunnel_stale = true;
+            if self.attempt.is_some() || matches!(self.state(now), PathState::Up { .. }) {
+                self.attempt = None;
+                self.want(now);
+                self.events.push_back(PathEvent::StartHandshake);
+            }
         }
-        let was_wanted = self.attempt.is_some() || matches!(self.state(now), PathState::Up { .. });
-        self.last_handshake = None;
-        if was_wanted {
-            self.attempt = None;
-            self.want(now);
-            self.events.push_back(PathEvent::StartHandshake);
+        if self.state(now) == PathState::Idle {
+            self.renew_tunnel();
         }
         self.update_route();
+    }
+
+    /// Which tunnel this peer should have; another number asks for another tunnel.
+    pub fn tunnel_generation(&self) -> u64 {
+        self.tunnel_generation
     }
 
     pub fn handle_report(&mut self, report: &PeerReport, now: Instant) {
@@ -141,24 +149,17 @@ impl PathAgent {
             return;
         }
         let down_at = attempt.since + PEER_DOWN_AFTER;
-        let longest = if now < down_at {
-            REKEY_TIMEOUT
-        } else {
-            PEER_RETRY_MAX
-        };
+        let longest = if now < down_at { REKEY_TIMEOUT } else { PEER_RETRY_MAX };
         let pause = (attempt.pause * 2).min(longest);
         let mut retry_at = now + self.random.jitter(pause);
         if now < down_at {
             // Whoever watches `state` is woken when it turns to down.
             retry_at = retry_at.min(down_at);
         }
-        self.attempt = Some(Attempt {
-            retry_at,
-            pause,
-            ..attempt
-        });
+        self.attempt = Some(Attempt { retry_at, pause, ..attempt });
         if now.since(attempt.since) >= TRUST {
             self.proven = None;
+            self.renew_tunnel();
         }
         self.update_route();
         self.events.push_back(PathEvent::StartHandshake);
@@ -166,13 +167,11 @@ impl PathAgent {
 
     pub fn state(&self, now: Instant) -> PathState {
         match (self.attempt, self.live_endpoint(now)) {
-            (Some(attempt), _) if now.since(attempt.since) >= PEER_DOWN_AFTER => PathState::Down {
-                since: attempt.since,
-            },
+            (Some(attempt), _) if now.since(attempt.since) >= PEER_DOWN_AFTER => {
+                PathState::Down { since: attempt.since }
+            }
             (_, Some(endpoint)) => PathState::Up { endpoint },
-            (Some(attempt), None) => PathState::Connecting {
-                since: attempt.since,
-            },
+            (Some(attempt), None) => PathState::Connecting { since: attempt.since },
             (None, None) => PathState::Idle,
         }
     }
@@ -191,46 +190,37 @@ impl PathAgent {
     }
 
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
-        self.attempt
-            .map(|attempt| (attempt.retry_at, "try a peer again"))
+        self.attempt.map(|attempt| (attempt.retry_at, "try a peer again"))
+    }
+
+    fn renew_tunnel(&mut self) {
+        if std::mem::take(&mut self.is_tunnel_stale) {
+            self.tunnel_generation += 1;
+            self.last_handshake = None;
+        }
     }
 
     fn want(&mut self, now: Instant) {
         if self.attempt.is_none() {
-            self.attempt = Some(Attempt {
-                since: now,
-                retry_at: now + FIRST_RETRY,
-                pause: FIRST_RETRY,
-            });
+            self.attempt = Some(Attempt { since: now, retry_at: now + FIRST_RETRY, pause: FIRST_RETRY });
         }
     }
 
     fn live_endpoint(&self, now: Instant) -> Option<SocketAddr> {
         let at = self.last_handshake?;
-        (now.since(at) < REJECT_AFTER_TIME)
-            .then_some(self.proven)
-            .flatten()
+        (now.since(at) < REJECT_AFTER_TIME).then_some(self.proven).flatten()
     }
 
     fn update_route(&mut self) {
         let route = match self.proven {
-            Some(endpoint) if self.attempt.is_none() => PeerRoute {
-                primary: Some(endpoint),
-                handshake_fan_out: Vec::new(),
-            },
+            Some(endpoint) if self.attempt.is_none() => {
+                PeerRoute { primary: Some(endpoint), handshake_fan_out: Vec::new() }
+            }
             proven => {
-                let primary =
-                    proven.or(self.route.primary.filter(|at| self.candidates.contains(at)));
+                let primary = proven.or(self.route.primary.filter(|at| self.candidates.contains(at)));
                 let primary = primary.or(self.candidates.first().copied());
-                let others = self
-                    .candidates
-                    .iter()
-                    .copied()
-                    .filter(|at| Some(*at) != primary);
-                PeerRoute {
-                    primary,
-                    handshake_fan_out: others.collect(),
-                }
+                let others = self.candidates.iter().copied().filter(|at| Some(*at) != primary);
+                PeerRoute { primary, handshake_fan_out: others.collect() }
             }
         };
         if route != self.route {
@@ -265,15 +255,9 @@ mod tests {
     /// Runs timers until `end` and gives how many handshakes were asked for.
     fn run_until(agent: &mut PathAgent, end: Instant) -> usize {
         let mut handshakes = 0;
-        while let Some((deadline, _)) = agent
-            .poll_timeout()
-            .filter(|(deadline, _)| *deadline <= end)
-        {
+        while let Some((deadline, _)) = agent.poll_timeout().filter(|(deadline, _)| *deadline <= end) {
             agent.handle_timeout(deadline);
-            handshakes += drain(agent)
-                .iter()
-                .filter(|event| **event == PathEvent::StartHandshake)
-                .count();
+            handshakes += drain(agent).iter().filter(|event| **event == PathEvent::StartHandshake).count();
         }
         handshakes
     }
@@ -281,10 +265,7 @@ mod tests {
     #[test]
     fn unproven_handshakes_go_to_every_candidate() {
         let mut agent = agent(&[1, 2, 3]);
-        let route = PeerRoute {
-            primary: Some(addr(1)),
-            handshake_fan_out: vec![addr(2), addr(3)],
-        };
+        let route = PeerRoute { primary: Some(addr(1)), handshake_fan_out: vec![addr(2), addr(3)] };
         assert_eq!(drain(&mut agent), [PathEvent::Route(route)]);
         assert_eq!(agent.state(at(0)), PathState::Idle);
         assert_eq!(agent.poll_timeout(), None, "an idle peer costs nothing");
@@ -296,10 +277,7 @@ mod tests {
         agent.handle_report(&PeerReport::Demand, at(0));
         assert_eq!(agent.state(at(5)), PathState::Connecting { since: at(0) });
         agent.handle_report(&PeerReport::Handshake { endpoint: addr(2) }, at(30));
-        let route = PeerRoute {
-            primary: Some(addr(2)),
-            handshake_fan_out: Vec::new(),
-        };
+        let route = PeerRoute { primary: Some(addr(2)), handshake_fan_out: Vec::new() };
         assert_eq!(drain(&mut agent).last(), Some(&PathEvent::Route(route)));
         assert_eq!(agent.state(at(31)), PathState::Up { endpoint: addr(2) });
         assert_eq!(agent.state(at(30) + REJECT_AFTER_TIME), PathState::Idle);
@@ -312,28 +290,12 @@ mod tests {
         let later = at(200_000);
         agent.handle_report(&PeerReport::Demand, later);
         run_until(&mut agent, later + Duration::from_secs(2));
-        assert_eq!(
-            agent.route().primary,
-            Some(addr(1)),
-            "the silent endpoint is given up"
-        );
-        assert_eq!(
-            agent.state(later + PEER_DOWN_AFTER),
-            PathState::Down { since: later }
-        );
+        assert_eq!(agent.route().primary, Some(addr(1)), "the silent endpoint is given up");
+        assert_eq!(agent.state(later + PEER_DOWN_AFTER), PathState::Down { since: later });
         let hour = run_until(&mut agent, later + Duration::from_secs(3600));
-        assert!(
-            (60..=130).contains(&hour),
-            "{hour} attempts in an hour: one or two a minute"
-        );
-        agent.handle_report(
-            &PeerReport::Handshake { endpoint: addr(2) },
-            later + Duration::from_secs(3600),
-        );
-        assert_eq!(
-            agent.state(later + Duration::from_secs(3601)),
-            PathState::Up { endpoint: addr(2) }
-        );
+        assert!((60..=130).contains(&hour), "{hour} attempts in an hour: one or two a minute");
+        agent.handle_report(&PeerReport::Handshake { endpoint: addr(2) }, later + Duration::from_secs(3600));
+        assert_eq!(agent.state(later + Duration::from_secs(3601)), PathState::Up { endpoint: addr(2) });
         assert_eq!(agent.poll_timeout(), None);
     }
 
@@ -358,13 +320,17 @@ mod tests {
         let mut agent = agent(&[1]);
         agent.handle_report(&PeerReport::Handshake { endpoint: addr(1) }, at(0));
         drain(&mut agent);
-        agent.handle_generation(1, at(400));
+        agent.handle_instance([1; 16], at(400));
         assert_eq!(agent.poll_event(), None);
-        agent.handle_generation(2, at(500));
+        agent.handle_instance([2; 16], at(500));
         assert!(drain(&mut agent).contains(&PathEvent::StartHandshake));
+        assert_eq!(agent.tunnel_generation(), 0, "the session may be of the new start already");
+        run_until(&mut agent, at(500) + TRUST * 2);
+        assert_eq!(agent.tunnel_generation(), 1, "nothing answered: perhaps its clock went back");
         let mut idle = self::agent(&[1]);
-        idle.handle_generation(1, at(0));
-        idle.handle_generation(2, at(500));
+        idle.handle_instance([1; 16], at(0));
+        idle.handle_instance([2; 16], at(500));
+        assert_eq!(idle.tunnel_generation(), 1);
         assert!(!drain(&mut idle).contains(&PathEvent::StartHandshake));
     }
 }

@@ -29,13 +29,8 @@ fn sealed() -> Frame {
 }
 
 /// A frame around any plaintext, honestly sealed and signed: what a broken or hostile member can make.
-fn forge(kind: Kind, mut plaintext: Vec<u8>) -> Frame {
-    let (keys, identity, nonce) = (keys(1), identity(1), [3; 24]);
-    let len = u16::try_from(plaintext.len() + TAG_LEN).unwrap();
-    let header = Frame::header(kind, &keys.namespace, &identity.node_id(), 42, &nonce, len);
-    let tag = cipher(&keys).encrypt_in_place_detached(&nonce.into(), &header, &mut plaintext).unwrap();
-    plaintext.extend_from_slice(&tag);
-    Frame::assemble(header, &plaintext, &identity)
+fn forge(kind: Kind, plaintext: Vec<u8>) -> Frame {
+    encrypt(&keys(1), &identity(1), kind, 42, [3; 24], plaintext)
 }
 
 fn opens(bytes: Vec<u8>) -> bool {

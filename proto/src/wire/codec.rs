@@ -60,7 +60,8 @@ impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for List<T, MA
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-                let count = seq.size_hint().filter(|count| *count <= MAX).ok_or_else(|| A::Error::custom("too many"))?;
+                let count =
+                    seq.size_hint().filter(|count| *count <= MAX).ok_or_else(|| A::Error::custom("too many"))?;
                 let mut items = Vec::with_capacity(count);
                 while let Some(item) = seq.next_element()? {
                     items.push(item);

@@ -111,7 +111,7 @@ impl Record {
         check_count("candidates", self.candidates.len(), MAX_CANDIDATES)?;
         check_count("extensions", self.ext.len(), MAX_EXTENSIONS)?;
         check_count("bytes of admission", self.admission.len(), MAX_BODY)?;
-        let bytes = codec::serialize(&WireRecord::from(self), usize::MAX).expect("a record has no limit but its own");
+        let bytes = WireRecord::from(self).to_bytes();
         if bytes.len() > MAX_BODY {
             return Err(EncodeRecordError::TooLarge(bytes.len()));
         }
@@ -186,6 +186,10 @@ impl From<&Record> for WireRecord {
 }
 
 impl WireRecord {
+    fn to_bytes(&self) -> Vec<u8> {
+        codec::serialize(self, usize::MAX).expect("only a limit can fail, and there is none")
+    }
+
     /// `None` for a value that no kind or class has.
     fn into_record(self) -> Option<Record> {
         let claim = |(prefix, since_ms): (WirePrefix, u64)| PrefixClaim { prefix: prefix.0, since_ms };

@@ -11,8 +11,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use mesh_common::id::{Namespace, NodeId};
 use mesh_common::key::{self, ClusterKeys, SignKey};
 use mesh_common::limits::MAX_MESSAGE;
-use serde::de::DeserializeOwned;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::wire;
 use crate::wire::codec;
@@ -52,7 +52,9 @@ pub enum ServerMessage {
     Challenge([u8; 32]),
     Welcome(Welcome),
     /// The server has stored this sequence number of the node's own frame.
-    Stored { seq: u64 },
+    Stored {
+        seq: u64,
+    },
     /// Everything before is void: a whole snapshot follows, ended by `Synced`.
     Restart,
     /// A member's newest frame, within a snapshot or as a delta.
@@ -63,7 +65,9 @@ pub enum ServerMessage {
     Synced(Cursor),
     Pong(u64),
     /// The server stops soon: come back after this long, jittered by the agent.
-    Drain { retry_after: Duration },
+    Drain {
+        retry_after: Duration,
+    },
     Error(SessionError),
 }
 
@@ -151,7 +155,13 @@ pub enum ErrorCode {
 
 impl Hello {
     /// Signs a Hello with both keys.
-    pub fn sign(keys: &ClusterKeys, identity: &SignKey, instance: [u8; 16], server_name: &str, binding: Binding) -> Self {
+    pub fn sign(
+        keys: &ClusterKeys,
+        identity: &SignKey,
+        instance: [u8; 16],
+        server_name: &str,
+        binding: Binding,
+    ) -> Self {
         let mut hello = Self {
             namespace: keys.namespace,
             node: identity.node_id(),

@@ -23,9 +23,7 @@ impl World {
                 let crossing: Vec<u64> = self
                     .carriers
                     .iter()
-                    .filter(|(_, carrier)| {
-                        links.is_cut(Place::Host(carrier.host), Place::Server(carrier.server))
-                    })
+                    .filter(|(_, carrier)| links.is_cut(Place::Host(carrier.host), Place::Server(carrier.server)))
                     .map(|(id, _)| *id)
                     .collect();
                 // Some break, the others wait for better times.
@@ -99,6 +97,7 @@ impl World {
         let is_foreign = |kind: &RouteKind| matches!(kind, RouteKind::Foreign { .. });
         let is_clean = kernel.link.is_none()
             && kernel.rules.is_empty()
+            && kernel.mss_clamp != mesh_proto::device::MssClamp::Present
             && kernel.routes.iter().all(|route| is_foreign(&route.kind))
             && self.hosts[host].engine.specs().is_empty();
         if !is_clean {
@@ -140,34 +139,18 @@ impl World {
                     generation: 0,
                 },
             );
-            engine.set_route(
-                key,
-                mesh_proto::device::PeerRoute {
-                    primary: Some(at),
-                    handshake_fan_out: Vec::new(),
-                },
-            );
+            engine.set_route(key, mesh_proto::device::PeerRoute { primary: Some(at), handshake_fan_out: Vec::new() });
             engine.start_handshake(&key, now);
             self.touch(stranger);
         }
-        let strangers_frames = self.hosts[self.members..]
-            .iter()
-            .filter_map(|host| host.agent.as_ref())
-            .flat_map(|agent| agent.frames());
+        let strangers_frames =
+            self.hosts[self.members..].iter().filter_map(|host| host.agent.as_ref()).flat_map(|agent| agent.frames());
         let mut frames: Vec<Bytes> = strangers_frames.collect();
         if self.replayer {
             frames.extend(self.pick_old_frame());
             if let Some((to, at, bytes)) = self.pick_old_datagram() {
                 let from = SocketAddr::new(uplink(200, 0).into(), 4444);
-                self.clock.at(
-                    now,
-                    Event::Datagram {
-                        to,
-                        at,
-                        from,
-                        bytes,
-                    },
-                );
+                self.clock.at(now, Event::Datagram { to, at, from, bytes });
             }
         }
         for frame in frames {
@@ -185,9 +168,8 @@ impl World {
         self.inject(carrier, false, ServerMessage::Frame(frame.clone()).encode());
         // Its own author's session may carry it: the server keeps the newest.
         let author = Frame::parse(frame.clone()).map(|frame| frame.node());
-        let of_author = synced
-            .into_iter()
-            .find(|id| author.is_ok_and(|node| self.hosts[self.carriers[id].host].node() == node));
+        let of_author =
+            synced.into_iter().find(|id| author.is_ok_and(|node| self.hosts[self.carriers[id].host].node() == node));
         if let Some(carrier) = of_author {
             self.inject(carrier, true, ClientMessage::Put(frame).encode());
         }

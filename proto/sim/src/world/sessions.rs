@@ -35,10 +35,7 @@ impl World {
         }
         carrier.is_up = true;
         let run = carrier.run;
-        let remote = SocketAddr::new(
-            uplink(host, self.moves[host]).into(),
-            self.hosts[host].plan.settings.listen_port,
-        );
+        let remote = SocketAddr::new(uplink(host, self.moves[host]).into(), self.hosts[host].plan.settings.listen_port);
         let mut exporter = [0; 32];
         exporter[..8].copy_from_slice(&id.to_le_bytes());
         let Some(machine) = &mut self.servers[server].machine else {
@@ -99,19 +96,9 @@ impl World {
         };
         let ends = (Place::Host(carrier.host), Place::Server(carrier.server));
         let delay = self.links.stream_delay(ends.0, ends.1);
-        let stream = if to_server {
-            &mut carrier.to_server
-        } else {
-            &mut carrier.to_agent
-        };
+        let stream = if to_server { &mut carrier.to_server } else { &mut carrier.to_agent };
         let at = stream.push(message, delay, now);
-        self.clock.at(
-            at,
-            Event::Stream {
-                carrier: id,
-                to_server,
-            },
-        );
+        self.clock.at(at, Event::Stream { carrier: id, to_server });
     }
 
     /// Hands over what has arrived, unless the carrier is cut.
@@ -125,11 +112,7 @@ impl World {
             if self.links.is_cut(Place::Host(host), Place::Server(server)) {
                 return;
             }
-            let stream = if to_server {
-                &mut carrier.to_server
-            } else {
-                &mut carrier.to_agent
-            };
+            let stream = if to_server { &mut carrier.to_server } else { &mut carrier.to_agent };
             let Some(message) = stream.pop(now) else {
                 return;
             };

@@ -49,13 +49,7 @@ struct Published {
 
 impl Publisher {
     pub(super) fn new(last_seq: u64, claim: Option<OwnClaim>) -> Self {
-        Self {
-            last_seq,
-            claim,
-            reserving: None,
-            published: None,
-            again_at: None,
-        }
+        Self { last_seq, claim, reserving: None, published: None, again_at: None }
     }
 
     pub(super) fn frame(&self) -> Option<&Frame> {
@@ -71,21 +65,14 @@ impl Publisher {
     }
 
     pub(super) fn handle_stored(&mut self, server: ServerId, seq: u64) {
-        if let Some(published) = self
-            .published
-            .as_mut()
-            .filter(|published| published.frame.seq() == seq)
-        {
+        if let Some(published) = self.published.as_mut().filter(|published| published.frame.seq() == seq) {
             published.stored_by.insert(server);
         }
     }
 
     /// Whether the farewell is out and all of these servers have it.
     pub(super) fn is_stored_by(&self, servers: &BTreeSet<ServerId>) -> bool {
-        let farewell = self
-            .published
-            .as_ref()
-            .filter(|published| published.record.is_none());
+        let farewell = self.published.as_ref().filter(|published| published.record.is_none());
         farewell.is_some_and(|published| servers.is_subset(&published.stored_by))
     }
 
@@ -137,12 +124,7 @@ impl Agent {
     }
 
     pub(super) fn seal_and_publish(&mut self, seq: u64, now: Instant) {
-        if self
-            .publisher
-            .reserving
-            .take_if(|reserving| *reserving == seq)
-            .is_none()
-        {
+        if self.publisher.reserving.take_if(|reserving| *reserving == seq).is_none() {
             return;
         }
         self.publisher.last_seq = seq;
@@ -169,12 +151,7 @@ impl Agent {
             );
         }
         self.publisher.again_at = record.as_ref().map(|_| now + RECORD_REFRESH);
-        self.publisher.published = Some(Published {
-            frame,
-            record,
-            at: now,
-            stored_by: BTreeSet::new(),
-        });
+        self.publisher.published = Some(Published { frame, record, at: now, stored_by: BTreeSet::new() });
     }
 
     /// Keeps since when each prefix is announced; new ones since now.
@@ -186,11 +163,7 @@ impl Agent {
         }
         let before = std::mem::take(&mut self.own_prefixes);
         let with_since = |prefix: IpNet| (prefix, before.get(&prefix).copied().unwrap_or(since));
-        self.own_prefixes = prefixes
-            .into_iter()
-            .take(MAX_PREFIXES)
-            .map(with_since)
-            .collect::<BTreeMap<_, _>>();
+        self.own_prefixes = prefixes.into_iter().take(MAX_PREFIXES).map(with_since).collect::<BTreeMap<_, _>>();
     }
 
     fn record(&mut self, now: Instant) -> Record {
@@ -200,17 +173,14 @@ impl Agent {
             wg_proof: self.wg_proof,
             host_name: self.settings.host_name.clone(),
             overlay_v6: self.overlay_v6(),
-            overlay_v4: self.publisher.claim.map(|claim| OverlayV4 {
-                addr: claim.addr,
-                claimed_at_ms: claim.claimed_at_ms,
-            }),
+            overlay_v4: self
+                .publisher
+                .claim
+                .map(|claim| OverlayV4 { addr: claim.addr, claimed_at_ms: claim.claimed_at_ms }),
             prefixes: self
                 .own_prefixes
                 .iter()
-                .map(|(prefix, since_ms)| PrefixClaim {
-                    prefix: *prefix,
-                    since_ms: *since_ms,
-                })
+                .map(|(prefix, since_ms)| PrefixClaim { prefix: *prefix, since_ms: *since_ms })
                 .collect(),
             excluded_prefixes: Vec::new(),
             candidates: self.candidates(),
@@ -230,41 +200,24 @@ impl Agent {
     /// Own addresses with the WireGuard port, and where servers see us, in case the port is the same outside.
     fn candidates(&self) -> Vec<Candidate> {
         let port = self.settings.listen_port;
-        let allowed = |addr: &IpAddr| self.settings.endpoint_filter.allows(*addr);
+        let allowed = |addr: &IpAddr| self.settings.endpoint_filter.passes(*addr);
         let host: BTreeSet<IpAddr> = self.host_addresses().filter(allowed).collect();
-        let seen = self
-            .server_facts
-            .values()
-            .filter_map(|facts| facts.observed)
-            .map(|at| at.ip().to_canonical());
-        let seen: BTreeSet<IpAddr> = seen
-            .filter(|addr| addr::is_routable(*addr) && allowed(addr) && !host.contains(addr))
-            .collect();
-        let own: BTreeSet<IpAddr> = self
-            .underlay()
-            .iter()
-            .flat_map(|link| &link.addresses)
-            .map(IpNet::addr)
-            .collect();
+        let seen = self.server_facts.values().filter_map(|facts| facts.observed).map(|at| at.ip().to_canonical());
+        let seen: BTreeSet<IpAddr> =
+            seen.filter(|addr| addr::is_routable(*addr) && allowed(addr) && !host.contains(addr)).collect();
+        let own: BTreeSet<IpAddr> = self.underlay().iter().flat_map(|link| &link.addresses).map(IpNet::addr).collect();
         let seen = seen.into_iter().filter(|addr| !own.contains(addr));
         let host = host.iter().map(|addr| (CandidateKind::Host, *addr));
         host.chain(seen.map(|addr| (CandidateKind::Reflexive, addr)))
-            .map(|(kind, addr)| Candidate {
-                kind,
-                addr: SocketAddr::new(addr, port),
-            })
+            .map(|(kind, addr)| Candidate { kind, addr: SocketAddr::new(addr, port) })
             .take(MAX_CANDIDATES)
             .collect()
     }
 
     /// Addresses of real interfaces that others may reach.
     fn host_addresses(&self) -> impl Iterator<Item = IpAddr> {
-        let real = self
-            .underlay()
-            .iter()
-            .filter(|link| link.virtual_kind.is_none());
-        real.flat_map(|link| link.addresses.iter().map(IpNet::addr))
-            .filter(|addr| addr::is_routable(*addr))
+        let real = self.underlay().iter().filter(|link| link.virtual_kind.is_none());
+        real.flat_map(|link| link.addresses.iter().map(IpNet::addr)).filter(|addr| addr::is_routable(*addr))
     }
 }
 
@@ -276,18 +229,13 @@ pub(super) struct Nonces {
 
 impl Nonces {
     pub(super) fn new(seed: [u8; 32]) -> Self {
-        Self {
-            seed: Zeroizing::new(seed),
-            counter: 0,
-        }
+        Self { seed: Zeroizing::new(seed), counter: 0 }
     }
 
     /// A seed for jitter.
     pub(super) fn seed(&self) -> u64 {
         let hash = self.hash(b"meshspan/v1 jitter", 0);
-        u64::from_le_bytes([
-            hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7],
-        ])
+        u64::from_le_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]])
     }
 
     fn next(&mut self) -> [u8; 24] {
@@ -299,9 +247,7 @@ impl Nonces {
     }
 
     fn hash(&self, label: &[u8], counter: u64) -> [u8; 32] {
-        let hash = Sha256::new()
-            .chain_update(label)
-            .chain_update(self.seed.as_slice());
+        let hash = Sha256::new().chain_update(label).chain_update(self.seed.as_slice());
         hash.chain_update(counter.to_le_bytes()).finalize().into()
     }
 }

@@ -75,12 +75,7 @@ impl Agent {
             failed_steps: self.failed.clone(),
             rp_filter_denied: self.rp_filter_denied.iter().cloned().collect(),
             clone_seen: self.clone_seen,
-            rejected: self
-                .members
-                .rejected()
-                .iter()
-                .map(|(why, count)| (why.to_string(), *count))
-                .collect(),
+            rejected: self.members.rejected().iter().map(|(why, count)| (why.to_string(), *count)).collect(),
             malformed: self.clients.values().map(|client| client.malformed()).sum(),
         }
     }
@@ -88,20 +83,13 @@ impl Agent {
     /// The name of a member, for logs.
     pub fn host_name_of(&self, key: &WgPublicKey) -> Option<&HostName> {
         let peer = self.peers.iter().find(|peer| peer.key == *key)?;
-        self.members
-            .get(&peer.node)
-            .map(|member| &member.record.host_name)
+        self.members.get(&peer.node).map(|member| &member.record.host_name)
     }
 
     fn server_views(&self) -> Vec<ServerView> {
-        let view = |(place, client): (
-            &crate::mesh::members::ServerId,
-            &crate::discovery::client::Client,
-        )| {
+        let view = |(place, client): (&crate::mesh::members::ServerId, &crate::discovery::client::Client)| {
             let facts = self.server_facts.get(place);
-            let refused = facts
-                .and_then(|facts| facts.refused.as_ref())
-                .map(ToString::to_string);
+            let refused = facts.and_then(|facts| facts.refused.as_ref()).map(ToString::to_string);
             ServerView {
                 name: self.settings.servers[place.0].name.clone(),
                 state: client.state(),
@@ -138,16 +126,9 @@ impl Agent {
             overlay_v6: None,
             overlay_v4: None,
             state: None,
-            endpoint: self
-                .static_routes
-                .get(&peer.public_key)
-                .and_then(|route| route.primary),
+            endpoint: self.static_routes.get(&peer.public_key).and_then(|route| route.primary),
             candidates: peer.endpoint.into_iter().collect(),
-            prefixes: peer
-                .allowed_ips
-                .iter()
-                .map(|prefix| (*prefix, Verdict::Routed))
-                .collect(),
+            prefixes: peer.allowed_ips.iter().map(|prefix| (*prefix, Verdict::Routed)).collect(),
             last_evidence: None,
         })
     }
@@ -167,6 +148,8 @@ pub(super) fn step(action: &Action) -> String {
         Action::RemoveRule(family) => format!("remove routing rule ({})", family_name(*family)),
         Action::LoosenRpFilter { link } => format!("set rp_filter of {link} to 2"),
         Action::RestoreRpFilter { link } => format!("restore rp_filter of {link}"),
+        Action::SetMssClamp => "set the MSS clamp".to_owned(),
+        Action::RemoveMssClamp => "remove the MSS clamp".to_owned(),
     }
 }
 

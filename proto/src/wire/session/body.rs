@@ -6,7 +6,8 @@ use mesh_common::id::{Namespace, NodeId};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BindingMode, Cursor, DecodeError, ErrorCode, Hello, MAX_LIMIT_NAME, MAX_SERVER_NAME, MAX_STUN_PORTS, SessionError, Welcome,
+    BindingMode, Cursor, DecodeError, ErrorCode, Hello, MAX_LIMIT_NAME, MAX_SERVER_NAME, MAX_STUN_PORTS, SessionError,
+    Welcome,
 };
 use crate::wire::address::WireAddr;
 use crate::wire::codec::{Bytes64, List};
@@ -144,7 +145,11 @@ pub(super) struct WireError {
 
 impl From<&SessionError> for WireError {
     fn from(error: &SessionError) -> Self {
-        Self { code: code_byte(error.code), limit: error.limit.chars().take(MAX_LIMIT_NAME).collect(), retry_after_ms: millis(error.retry_after) }
+        Self {
+            code: code_byte(error.code),
+            limit: error.limit.chars().take(MAX_LIMIT_NAME).collect(),
+            retry_after_ms: millis(error.retry_after),
+        }
     }
 }
 

@@ -1,0 +1,11 @@
+//! The real binary on real sockets of 127.0.0.1, spoken to by the agent's own carriers.
+#![allow(clippy::unwrap_used)]
+
+mod server {
+    mod hostile;
+    mod keys;
+    mod process;
+    mod sessions;
+    mod stun;
+    mod support;
+}

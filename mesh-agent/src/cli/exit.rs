@@ -1,0 +1,53 @@
+//! Which exit code and which words an error gets.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::api::ApiError;
+use crate::state::StateError;
+
+pub(super) const OK: u8 = 0;
+const ERROR: u8 = 1;
+const USAGE: u8 = 2;
+const NOT_RUNNING: u8 = 3;
+pub(super) const DEGRADED: u8 = 4;
+const PERMISSION: u8 = 5;
+
+/// The command was used wrongly, in a way that the argument parser cannot see.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct UsageError(pub(super) String);
+
+#[derive(Debug, thiserror::Error)]
+#[error("this machine has no config ({}): run `mesh-agent init` or `mesh-agent join`", config.display())]
+pub(super) struct NeverJoined {
+    pub(super) config: PathBuf,
+}
+
+pub(super) fn code_of(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if cause.is::<UsageError>() {
+            return USAGE;
+        }
+        match cause.downcast_ref::<ApiError>() {
+            Some(ApiError::NotRunning { .. }) => return NOT_RUNNING,
+            Some(ApiError::Permission { .. }) => return PERMISSION,
+            _ => {}
+        }
+        let not_ours = matches!(cause.downcast_ref(), Some(StateError::NotOurs { .. }));
+        let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+        if not_ours || cause.downcast_ref::<io::Error>().is_some_and(denied) {
+            return PERMISSION;
+        }
+    }
+    ERROR
+}
+
+/// The error and its causes in one line, each said once.
+pub(super) fn describe(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| match said.as_str() {
+        "" => cause,
+        already if already.contains(&cause) => said,
+        already => format!("{already}: {cause}"),
+    })
+}

@@ -1,0 +1,39 @@
+//! The userspace data plane: packets between the TUN device and the UDP socket pair, sealed and opened by a tunnel a peer.
+//!
+//! Two plain threads move packets: `outbound` (TUN, lookup of the destination, seal, UDP) and `inbound` (UDP, classify,
+//! open, check of the source, TUN). Everything else (handshakes, timers, peers, routes) happens on the caller's control
+//! thread through [`Engine`], so that a 0.2 ms handshake never holds up a packet.
+//!
+//! Invariants:
+//! - Control publishes what the threads read: one immutable snapshot (peers, receiver index, allowed IPs) and per peer a
+//!   path. A thread loads them once a batch.
+//! - A tunnel's lock is taken once per batch and peer; with it held nothing is sent, received or waited for.
+//! - Bytes from the network cost a named counter ([`EngineStats`]), never a panic, and queues are bounded.
+//! - An inner packet goes to the host only if its source is in the allowed IPs of the peer whose tunnel opened it.
+//!
+//! Devices and sockets are seen through two traits of whole batches, [`PacketDevice`] and [`DatagramSocket`], so offloads
+//! can come without a change to the threads.
+
+mod control;
+mod drops;
+mod engine;
+mod inbound;
+mod index;
+mod inner;
+mod io;
+#[cfg(test)]
+pub(crate) mod memory;
+mod outbound;
+mod peer;
+mod shared;
+mod table;
+pub mod tun;
+mod tunnel;
+pub mod udp;
+
+pub use drops::EngineStats;
+pub use engine::{Clock, Engine};
+pub use io::{DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
+pub use tun::Tun;
+pub use tunnel::{BoringTunnel, BoringTunnels, Refused, TunnelFactory};
+pub use udp::UdpSockets;

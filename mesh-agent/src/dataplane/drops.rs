@@ -1,0 +1,88 @@
+//! What was dropped and why, by name.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! drops {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
+        /// Why a packet or a datagram went no further.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(super) enum Drop {
+            $($(#[$doc])* $variant,)*
+        }
+
+        const NAMES: &[&str] = &[$($name,)*];
+    };
+}
+
+drops! {
+    /// From the host: not a whole IP packet.
+    OutMalformed = "out_malformed",
+    /// From the host: nobody's allowed IPs hold the destination.
+    OutNoPeer = "out_no_peer",
+    /// The peer has a session, and no endpoint is known.
+    OutNoEndpoint = "out_no_endpoint",
+    /// The tunnel refused the packet, or the batch had no room for it.
+    OutNotSealed = "out_not_sealed",
+    /// The kernel did not take the datagram.
+    OutNotSent = "out_not_sent",
+    /// The socket failed to receive.
+    InSocketError = "in_socket_error",
+    /// Neither WireGuard nor a protocol of ours.
+    InUnknown = "in_unknown",
+    /// A path probe; nobody here reads them.
+    InProbe = "in_probe",
+    /// A STUN message; nobody here reads them.
+    InStun = "in_stun",
+    /// Of no tunnel of ours: an old session, or a guess.
+    InUnknownIndex = "in_unknown_index",
+    /// Not authentic.
+    InInvalid = "in_invalid",
+    InReplayed = "in_replayed",
+    /// The session has ended.
+    InNoSession = "in_no_session",
+    /// The opened packet is not a whole IP packet.
+    InMalformed = "in_malformed",
+    /// The opened packet's source is not its peer's.
+    InForeignSource = "in_foreign_source",
+    /// The host did not take the packet, or there is no link.
+    InNotDelivered = "in_not_delivered",
+    /// More handshake messages came than control takes.
+    HandshakeQueueFull = "handshake_queue_full",
+    /// A handshake message that is not for our key, or is not authentic.
+    HandshakeInvalid = "handshake_invalid",
+    HandshakeReplayed = "handshake_replayed",
+    /// An answer to no handshake of ours.
+    HandshakeUnexpected = "handshake_unexpected",
+    /// Too many came; the sender got a cookie to come back with.
+    HandshakeUnderLoad = "handshake_under_load",
+    /// A good initiation of somebody who is not a peer.
+    HandshakeUnknownKey = "handshake_unknown_key",
+}
+
+/// What the engine dropped since it started.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Every reason with its count, zeros too.
+    pub drops: BTreeMap<&'static str, u64>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Drops([AtomicU64; NAMES.len()]);
+
+impl Drops {
+    pub(super) fn count(&self, why: Drop) {
+        self.add(why, 1);
+    }
+
+    pub(super) fn add(&self, why: Drop, times: usize) {
+        if times > 0 {
+            self.0[why as usize].fetch_add(times as u64, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn stats(&self) -> EngineStats {
+        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
+        EngineStats { drops: NAMES.iter().copied().zip(counts).collect() }
+    }
+}

@@ -1,0 +1,207 @@
+//! The data plane as the control thread holds it: peers and routes in, reports and counters out.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use mesh_common::key::WgPublicKey;
+use mesh_common::time::Instant;
+use mesh_proto::device::{PeerCounters, PeerReport, PeerRoute, PeerSpec};
+
+use super::control::Outbox;
+use super::drops::EngineStats;
+use super::io::{DatagramSocket, PacketDevice};
+use super::shared::Shared;
+use super::table::PeerTable;
+use super::tun::Tun;
+use super::tunnel::{BoringTunnels, TunnelFactory};
+use super::udp::UdpSockets;
+use super::{inbound, outbound};
+
+/// The clock of the whole agent: the data threads read it once a batch.
+pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
+
+/// Handshake messages that one call of [`Engine::handle_control`] handles, about 12 ms: the event loop has other work.
+const HANDSHAKES_A_CALL: usize = 64;
+const LIMITS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Tunnels to all peers, and the threads that move their packets. All methods are for the one control thread; none waits.
+pub struct Engine<F: TunnelFactory = BoringTunnels, D: PacketDevice = Tun, S: DatagramSocket = UdpSockets> {
+    shared: Arc<Shared<F::Tunnel, D, S>>,
+    factory: F,
+    peers: PeerTable<F::Tunnel>,
+    /// The threads do not know all of `peers` yet.
+    unpublished: bool,
+    outbox: Outbox,
+    limits_reset: Option<Instant>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
+    /// Starts the threads. Without a device packets wait for [`Self::replace_tun`]; handshakes work all the same.
+    pub fn start(device: Option<D>, socket: S, factory: F, clock: Clock) -> io::Result<Self> {
+        let mut seed = [0; 8];
+        getrandom::fill(&mut seed).map_err(|error| io::Error::other(error.to_string()))?;
+        let mut engine = Self {
+            shared: Arc::new(Shared::new(device, socket, clock)?),
+            factory,
+            peers: PeerTable::new(u64::from_le_bytes(seed)),
+            unpublished: false,
+            outbox: Outbox::new(),
+            limits_reset: None,
+            threads: Vec::new(),
+        };
+        engine.spawn("mesh-outbound", outbound::run)?;
+        engine.spawn("mesh-inbound", inbound::run)?;
+        Ok(engine)
+    }
+
+    /// Adds or changes a peer. Its session survives a change of allowed IPs; any other change makes the tunnel anew. The
+    /// data threads see it after [`Self::publish`].
+    pub fn set_peer(&mut self, key: WgPublicKey, spec: PeerSpec) {
+        let (factory, now) = (&self.factory, self.shared.now());
+        let make = |index| factory.make(&key, &spec, index, now);
+        let changed = self.peers.set(key, spec.clone(), make);
+        self.changed(changed);
+    }
+
+    pub fn remove_peer(&mut self, key: &WgPublicKey) {
+        let changed = self.peers.remove(key);
+        self.changed(changed);
+    }
+
+    /// Lets the data threads see all changes of peers so far: call it after a series of them, and before routes lead there.
+    /// What was not published is with the next `handle_*` call, for which [`Self::wait`] wakes.
+    pub fn publish(&mut self) {
+        if std::mem::take(&mut self.unpublished) {
+            self.shared.snapshot.store(Arc::new(self.peers.snapshot()));
+        }
+    }
+
+    /// Where the packets of a peer go from now on; unknown peers are ignored. While there is a fan-out, data goes to where
+    /// the last handshake completed, if that is one of the route's endpoints, else to the primary.
+    pub fn set_route(&mut self, key: &WgPublicKey, route: &PeerRoute) {
+        if let Some(peer) = self.peers.by_key(key) {
+            peer.set_route(route);
+        }
+    }
+
+    /// Sends an initiation to the primary and the whole fan-out. False when the peer or its endpoints are unknown.
+    pub fn start_handshake(&mut self, key: &WgPublicKey) -> bool {
+        self.publish();
+        let now = self.shared.now();
+        self.peers.by_key(key).is_some_and(|peer| self.outbox.start_handshake(&self.shared, peer, now))
+    }
+
+    /// Goes on with another device: the link was deleted and made again. Sessions stay.
+    pub fn replace_tun(&mut self, device: D) {
+        self.shared.device.store(Some(Arc::new(device)));
+        self.shared.link_lost.store(false, Ordering::Release);
+        self.shared.outbound_waker.wake();
+    }
+
+    /// The device failed since the last [`Self::replace_tun`]: its link was deleted.
+    pub fn link_lost(&self) -> bool {
+        self.shared.link_lost.load(Ordering::Acquire)
+    }
+
+    pub fn peers(&self) -> BTreeMap<WgPublicKey, PeerSpec> {
+        self.peers.specs()
+    }
+
+    /// Counters of inner packets and their bytes; zeros for an unknown peer.
+    pub fn counters(&self, key: &WgPublicKey) -> PeerCounters {
+        self.peers.by_key(key).map_or_else(PeerCounters::default, |peer| peer.read_counters())
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        self.shared.drops.stats()
+    }
+
+    /// Waits until [`Self::handle_control`] has something to do or the link is lost. Safe to drop at any time.
+    pub async fn wait(&self) {
+        self.shared.control.notify.notified().await;
+    }
+
+    /// Handles waiting handshakes and gives what happened to peers since the last call: per peer only the newest of each
+    /// kind, demand and roaming at most once a second.
+    pub fn handle_control(&mut self, now: Instant) -> Vec<(WgPublicKey, PeerReport)> {
+        self.publish();
+        for handled in 0..=HANDSHAKES_A_CALL {
+            let Some(message) = self.shared.control.next_handshake() else { break };
+            self.outbox.handle_handshake(&self.shared, &self.factory, &self.peers, &message, now);
+            if handled == HANDSHAKES_A_CALL {
+                self.shared.control.notify.notify_one();
+            }
+        }
+        let mut reports = Vec::new();
+        for peer in self.shared.control.take_reporting() {
+            // A peer that was removed or made anew since has nothing more to say.
+            let current = self.peers.by_key(&peer.key).is_some_and(|current| Arc::ptr_eq(current, &peer));
+            let taken = peer.take_reports();
+            if current {
+                reports.extend(taken.into_iter().map(|report| (peer.key, report)));
+            }
+        }
+        reports
+    }
+
+    /// Runs the timers of peers in use; call every 250 ms.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.publish();
+        if self.limits_reset.is_none_or(|at| now.since(at) >= LIMITS_INTERVAL) {
+            self.limits_reset = Some(now);
+            self.factory.reset_limits();
+        }
+        for peer in self.peers.peers().filter(|peer| peer.needs_timers(now)) {
+            self.outbox.handle_timeout(&self.shared, peer, now);
+        }
+    }
+
+    /// False when a data thread ended though nobody asked it to: a bug, and the agent must be started anew.
+    pub fn is_running(&self) -> bool {
+        self.threads.iter().all(|thread| !thread.is_finished())
+    }
+
+    /// Ends and joins the threads, which leave their polls at once. Packets go nowhere from then on.
+    pub fn stop(&mut self) {
+        self.shared.stop();
+        for thread in self.threads.drain(..) {
+            let name = thread.thread().name().unwrap_or("data").to_owned();
+            if thread.join().is_err() {
+                tracing::error!(thread = name, "a data thread had panicked");
+            }
+        }
+    }
+
+    fn changed(&mut self, changed: bool) {
+        if changed && !std::mem::replace(&mut self.unpublished, true) {
+            self.shared.control.notify.notify_one();
+        }
+    }
+
+    fn spawn(&mut self, name: &str, run: fn(&Shared<F::Tunnel, D, S>)) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        self.threads.push(thread::Builder::new().name(name.to_owned()).spawn(move || run(&shared))?);
+        Ok(())
+    }
+}
+
+impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Drop for Engine<F, D, S> {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> fmt::Debug for Engine<F, D, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,457 @@
+#![allow(clippy::unwrap_used)]
+
+use std::net::SocketAddr;
+use std::time::Instant as RealInstant;
+
+use mesh_common::key::{PresharedKey, WgSecret};
+use mesh_proto::wire::demux::PROBE;
+
+use super::*;
+use crate::dataplane::inner::tests::packet;
+use crate::dataplane::memory::{HostLink, MemoryNet, MemorySocket, MemoryTun, link};
+use crate::dataplane::peer::{Path, Peer};
+use crate::dataplane::shared::CONTROL_QUEUE;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A node with an engine over doubles, and its host's end of the link.
+struct Node {
+    engine: Engine<BoringTunnels, MemoryTun, MemorySocket>,
+    host: HostLink,
+    key: WgPublicKey,
+    endpoint: SocketAddr,
+    clock: Clock,
+    reports: Vec<(WgPublicKey, PeerReport)>,
+}
+
+impl Node {
+    /// Node `n` has inner addresses 10.0.0.n and fd00::n, and endpoint 192.0.2.n:51872.
+    fn start(net: &MemoryNet, n: u8) -> Self {
+        let started = RealInstant::now();
+        // Far from the origin, as on a host that booted long ago.
+        let clock: Clock = Arc::new(move || Instant::from_origin(Duration::from_secs(10_000) + started.elapsed()));
+        let secret = WgSecret::from_seed(&[n; 32]);
+        let endpoint = endpoint(n);
+        let (tun, host) = link();
+        let factory = BoringTunnels::new(&secret);
+        let engine = Engine::start(Some(tun), net.socket(endpoint), factory, Arc::clone(&clock)).unwrap();
+        Self { engine, host, key: secret.public(), endpoint, clock, reports: Vec::new() }
+    }
+
+    fn know(&mut self, peer: &Self, n: u8) {
+        self.engine.set_peer(peer.key, spec(n));
+    }
+
+    fn route(&mut self, peer: &Self, primary: Option<SocketAddr>, fan_out: &[SocketAddr]) {
+        let route = PeerRoute { primary, handshake_fan_out: fan_out.to_vec() };
+        self.engine.set_route(&peer.key, &route);
+    }
+
+    fn step(&mut self) {
+        let reports = self.engine.handle_control((self.clock)());
+        self.reports.extend(reports);
+    }
+
+    fn dropped(&self, name: &str) -> u64 {
+        self.engine.stats().drops[name]
+    }
+}
+
+fn endpoint(n: u8) -> SocketAddr {
+    SocketAddr::from(([192, 0, 2, n], 51872))
+}
+
+fn spec(n: u8) -> PeerSpec {
+    PeerSpec {
+        preshared_key: Some(PresharedKey([9; 32])),
+        allowed_ips: [format!("10.0.0.{n}/32"), format!("fd00::{n}/128")].map(|prefix| prefix.parse().unwrap()).into(),
+        keepalive: None,
+        generation: 0,
+    }
+}
+
+/// Two nodes that know each other and where they are.
+fn pair(net: &MemoryNet) -> [Node; 2] {
+    let [mut a, mut b] = [Node::start(net, 1), Node::start(net, 2)];
+    a.know(&b, 2);
+    b.know(&a, 1);
+    a.route(&b, Some(b.endpoint), &[]);
+    b.route(&a, Some(a.endpoint), &[]);
+    a.engine.publish();
+    b.engine.publish();
+    [a, b]
+}
+
+/// Runs control of all nodes until `done`.
+fn until<const N: usize>(nodes: &mut [Node; N], what: &str, mut done: impl FnMut(&mut [Node; N]) -> bool) {
+    let deadline = RealInstant::now() + PATIENCE;
+    while !done(nodes) {
+        assert!(RealInstant::now() < deadline, "not within {PATIENCE:?}: {what}; {:?}", nodes[0].engine.stats());
+        nodes.iter_mut().for_each(Node::step);
+        thread::yield_now();
+    }
+}
+
+fn expect_packet<const N: usize>(nodes: &mut [Node; N], at: usize, expected: &[u8], what: &str) {
+    let mut got = None;
+    until(nodes, what, |nodes| {
+        got = nodes[at].host.receive();
+        got.is_some()
+    });
+    assert_eq!(got.as_deref(), Some(expected), "{what}");
+}
+
+fn connect(nodes: &mut [Node; 2]) {
+    let first = packet("10.0.0.1", "10.0.0.2", 7, 60);
+    nodes[0].host.send(&first);
+    expect_packet(nodes, 1, &first, "the first packet connects");
+    let both = |nodes: &mut [Node; 2]| {
+        nodes.iter().all(|node| node.reports.iter().any(|(_, report)| matches!(report, PeerReport::Handshake { .. })))
+    };
+    until(nodes, "both report the handshake", both);
+}
+
+#[test]
+fn two_engines_carry_packets_of_both_families_both_ways() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    connect(&mut nodes);
+    for n in 0..200u16 {
+        let len = 60 + usize::from(n) * 6;
+        let there = packet("fd00::1", "fd00::2", n as u8, len);
+        nodes[0].host.send(&there);
+        expect_packet(&mut nodes, 1, &there, "there");
+        let back = packet("10.0.0.2", "10.0.0.1", n as u8, len);
+        nodes[1].host.send(&back);
+        expect_packet(&mut nodes, 0, &back, "back");
+    }
+    let [a, b] = &nodes;
+    let (sent, received) = (a.engine.counters(&b.key), b.engine.counters(&a.key));
+    assert_eq!((sent.tx_packets, sent.rx_packets), (201, 200));
+    assert_eq!((sent.tx_packets, sent.tx_bytes), (received.rx_packets, received.rx_bytes));
+    assert!(sent.last_handshake.is_some() && received.last_handshake.is_some() && received.last_rx.is_some());
+    for node in &nodes {
+        assert!(node.engine.stats().drops.values().all(|count| *count == 0), "{:?}", node.engine.stats());
+    }
+}
+
+#[test]
+fn a_burst_arrives_whole_and_in_order() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    connect(&mut nodes);
+    let burst: Vec<_> = (0..150u16).map(|n| packet("10.0.0.1", "10.0.0.2", n as u8, 100 + usize::from(n))).collect();
+    burst.iter().for_each(|packet| nodes[0].host.send(packet));
+    for packet in &burst {
+        expect_packet(&mut nodes, 1, packet, "in order");
+    }
+}
+
+#[test]
+fn reports_tell_demand_at_once_and_where_the_handshake_was() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    connect(&mut nodes);
+    let [a, b] = &nodes;
+    assert_eq!(a.reports[0], (b.key, PeerReport::Demand));
+    assert!(a.reports.contains(&(b.key, PeerReport::Handshake { endpoint: b.endpoint })), "{:?}", a.reports);
+    assert_eq!(b.reports, [(a.key, PeerReport::Handshake { endpoint: a.endpoint })]);
+}
+
+#[test]
+fn demand_is_reported_once_a_second_however_many_packets_want_to_go() {
+    let net = MemoryNet::default();
+    let mut nodes = [Node::start(&net, 1), Node::start(&net, 2)];
+    let [a, b] = &mut nodes;
+    a.know(b, 2);
+    a.step();
+    let started = (a.clock)();
+    for n in 0..50 {
+        a.host.send(&packet("10.0.0.1", "10.0.0.2", n, 60));
+    }
+    until(&mut nodes, "a demand", |nodes| !nodes[0].reports.is_empty());
+    nodes[0].host.send(&packet("10.0.0.1", "10.9.9.9", 0, 60));
+    until(&mut nodes, "the burst is through", |nodes| nodes[0].dropped("out_no_peer") == 1);
+    nodes[0].step();
+    let seconds = (nodes[0].clock)().since(started).as_secs() as usize;
+    assert!(nodes[0].reports.len() <= 1 + seconds, "{:?}", nodes[0].reports);
+}
+
+#[test]
+fn an_initiation_reaches_the_second_endpoint_when_the_first_is_dead_and_answers_take_its_path() {
+    let net = MemoryNet::default();
+    let mut nodes = [Node::start(&net, 1), Node::start(&net, 2)];
+    let dead = endpoint(66);
+    let [a, b] = &mut nodes;
+    a.know(b, 2);
+    b.know(a, 1);
+    let [at_a, at_b] = [a.endpoint, b.endpoint];
+    a.route(b, Some(dead), &[dead, at_b]);
+    b.route(a, Some(dead), &[at_a]);
+    a.engine.publish();
+    b.engine.publish();
+    // Control only handles handshakes here; it never answers the reports with another route.
+    connect(&mut nodes);
+    let there = packet("10.0.0.1", "10.0.0.2", 1, 80);
+    nodes[0].host.send(&there);
+    expect_packet(&mut nodes, 1, &there, "data takes the proven path");
+    let back = packet("10.0.0.2", "10.0.0.1", 2, 80);
+    nodes[1].host.send(&back);
+    expect_packet(&mut nodes, 0, &back, "and so does the answer");
+    let [a, b] = &nodes;
+    assert!(a.reports.contains(&(b.key, PeerReport::Handshake { endpoint: b.endpoint })));
+}
+
+#[test]
+fn a_packet_that_came_before_any_endpoint_goes_out_when_one_is_known() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    let [a, b] = &mut nodes;
+    a.route(b, None, &[]);
+    let waiting = packet("10.0.0.1", "10.0.0.2", 5, 90);
+    a.step();
+    assert!(!a.engine.start_handshake(&b.key), "nobody to shake hands with");
+    a.host.send(&waiting);
+    until(&mut nodes, "demand", |nodes| !nodes[0].reports.is_empty());
+    let [a, b] = &mut nodes;
+    a.route(b, Some(b.endpoint), &[]);
+    assert!(a.engine.start_handshake(&b.key));
+    expect_packet(&mut nodes, 1, &waiting, "the packet that waited");
+}
+
+#[test]
+fn a_packet_with_anothers_source_is_dropped_and_counted() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    nodes[1].engine.set_peer(WgSecret::from_seed(&[3; 32]).public(), spec(3));
+    nodes[1].engine.publish();
+    connect(&mut nodes);
+    for source in ["10.0.0.3", "10.7.7.7", "10.0.0.2"] {
+        nodes[0].host.send(&packet(source, "10.0.0.2", 1, 60));
+    }
+    let honest = packet("10.0.0.1", "10.0.0.2", 2, 60);
+    nodes[0].host.send(&honest);
+    expect_packet(&mut nodes, 1, &honest, "only the honest one");
+    let [a, b] = &nodes;
+    assert_eq!(b.dropped("in_foreign_source"), 3);
+    assert_eq!(b.engine.counters(&a.key).rx_foreign_source, 3);
+}
+
+#[test]
+fn a_change_of_allowed_ips_keeps_the_session_and_a_new_generation_does_not() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    connect(&mut nodes);
+    let [a, b] = &mut nodes;
+    let mut wider = spec(1);
+    wider.allowed_ips.insert("10.5.0.0/16".parse().unwrap());
+    b.engine.set_peer(a.key, wider.clone());
+    b.step();
+    assert_eq!(b.engine.peers()[&a.key], wider);
+    let from_pod = packet("10.5.1.1", "10.0.0.2", 1, 60);
+    a.host.send(&from_pod);
+    expect_packet(&mut nodes, 1, &from_pod, "on the old session");
+    let [a, b] = &mut nodes;
+    assert_eq!(b.engine.counters(&a.key).rx_packets, 2);
+    b.engine.set_peer(a.key, PeerSpec { generation: 1, ..wider });
+    b.step();
+    a.host.send(&from_pod);
+    until(&mut nodes, "the old session is unknown", |nodes| nodes[1].dropped("in_unknown_index") == 1);
+    let [a, b] = &mut nodes;
+    assert_eq!(b.engine.counters(&a.key), PeerCounters::default());
+    assert!(b.engine.start_handshake(&a.key), "the route stayed");
+    let back = packet("10.0.0.2", "10.0.0.1", 3, 60);
+    b.host.send(&back);
+    expect_packet(&mut nodes, 0, &back, "over the new session");
+}
+
+#[test]
+fn a_removed_peer_is_gone_at_once() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    connect(&mut nodes);
+    let [a, b] = &mut nodes;
+    b.engine.remove_peer(&a.key);
+    b.step();
+    a.host.send(&packet("10.0.0.1", "10.0.0.2", 1, 60));
+    b.host.send(&packet("10.0.0.2", "10.0.0.1", 1, 60));
+    until(&mut nodes, "both dropped", |nodes| {
+        nodes[1].dropped("in_unknown_index") == 1 && nodes[1].dropped("out_no_peer") == 1
+    });
+    assert!(nodes[1].engine.peers().is_empty());
+}
+
+#[test]
+fn strangers_and_junk_cost_counters_only() {
+    let net = MemoryNet::default();
+    let mut nodes = [Node::start(&net, 1), Node::start(&net, 2)];
+    let stranger = endpoint(77);
+    // A stranger's good initiation.
+    let [a, b] = &mut nodes;
+    b.know(a, 1);
+    b.route(a, Some(a.endpoint), &[]);
+    b.step();
+    assert!(b.engine.start_handshake(&a.key));
+    until(&mut nodes, "an unknown key", |nodes| nodes[0].dropped("handshake_unknown_key") == 1);
+
+    let to = nodes[0].endpoint;
+    let message = |kind: u8, len: usize| {
+        let mut message = vec![0x33; len];
+        message[..4].copy_from_slice(&[kind, 0, 0, 0]);
+        message
+    };
+    net.inject(stranger, to, &message(4, 1400)); // an index nobody has
+    net.inject(stranger, to, &message(4, 65_507)); // the same, as long as it gets
+    net.inject(stranger, to, &message(4, 31)); // shorter than an empty packet
+    net.inject(stranger, to, &message(1, 148)); // an initiation with a wrong mac
+    net.inject(stranger, to, &message(1, 147)); // cut
+    net.inject(stranger, to, &message(2, 92));
+    net.inject(stranger, to, &message(3, 64)); // a cookie for nobody
+    net.inject(stranger, to, &[]);
+    net.inject(stranger, to, &[PROBE; 40]);
+    net.inject(stranger, to, b"GET / HTTP/1.1\r\n\r\n");
+    until(&mut nodes, "all counted", |nodes| {
+        let counts = ["in_unknown_index", "in_unknown", "in_probe", "handshake_invalid", "handshake_unexpected"]
+            .map(|name| nodes[0].dropped(name));
+        counts == [2, 4, 1, 2, 1]
+    });
+    nodes[0].host.send(&[0xff; 40]);
+    nodes[0].host.send(&[0x45]);
+    until(&mut nodes, "malformed packets of the host", |nodes| nodes[0].dropped("out_malformed") == 2);
+    assert!(nodes[0].engine.is_running());
+    assert!(nodes[0].reports.is_empty() && nodes[0].host.receive().is_none());
+}
+
+#[test]
+fn a_full_queue_of_handshakes_drops_the_rest() {
+    let net = MemoryNet::default();
+    let node = Node::start(&net, 1);
+    let mut initiation = [0; 148];
+    initiation[0] = 1;
+    let extra = 40;
+    for _ in 0..CONTROL_QUEUE + extra {
+        net.inject(endpoint(77), node.endpoint, &initiation);
+    }
+    let deadline = RealInstant::now() + PATIENCE;
+    while node.dropped("handshake_queue_full") < extra as u64 {
+        assert!(RealInstant::now() < deadline, "{:?}", node.engine.stats());
+        thread::yield_now();
+    }
+    let mut nodes = [node];
+    until(&mut nodes, "the others are looked at", |[node]| node.dropped("handshake_invalid") == CONTROL_QUEUE as u64);
+    assert_eq!(nodes[0].dropped("handshake_queue_full"), extra as u64);
+}
+
+#[test]
+fn a_deleted_link_is_told_and_sessions_outlive_it() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    connect(&mut nodes);
+    assert!(!nodes[0].engine.link_lost());
+    let (tun, host) = link();
+    drop(std::mem::replace(&mut nodes[0].host, host));
+    until(&mut nodes, "the loss is noticed", |nodes| nodes[0].engine.link_lost());
+    nodes[1].host.send(&packet("10.0.0.2", "10.0.0.1", 1, 60));
+    until(&mut nodes, "no link to deliver to", |nodes| nodes[0].dropped("in_not_delivered") == 1);
+    nodes[0].engine.replace_tun(tun);
+    assert!(!nodes[0].engine.link_lost());
+    nodes.iter_mut().for_each(|node| node.reports.clear());
+    let there = packet("10.0.0.1", "10.0.0.2", 2, 60);
+    nodes[0].host.send(&there);
+    expect_packet(&mut nodes, 1, &there, "through the new link");
+    let back = packet("10.0.0.2", "10.0.0.1", 3, 60);
+    nodes[1].host.send(&back);
+    expect_packet(&mut nodes, 0, &back, "and back");
+    assert!(nodes.iter().all(|node| node.reports.is_empty()), "no new handshake was needed");
+}
+
+#[test]
+fn roaming_is_reported_and_changed_or_repeated_data_is_dropped() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    connect(&mut nodes);
+    let elsewhere = endpoint(99);
+    let tap = net.socket(nodes[1].endpoint);
+    nodes[0].host.send(&packet("10.0.0.1", "10.0.0.2", 1, 60));
+    let mut tapped = None;
+    until(&mut nodes, "a datagram to move", |_| {
+        tapped = tap.next();
+        tapped.is_some()
+    });
+    let (_, datagram) = tapped.unwrap();
+    // The engine behind b still reads its own inbox.
+    nodes[1].reports.clear();
+    nodes[1].engine.shared.socket.deliver(elsewhere, &datagram);
+    expect_packet(&mut nodes, 1, &packet("10.0.0.1", "10.0.0.2", 1, 60), "it is accepted from anywhere");
+    until(&mut nodes, "roaming is told", |nodes| !nodes[1].reports.is_empty());
+    let a = nodes[0].key;
+    assert_eq!(nodes[1].reports, [(a, PeerReport::Roamed { endpoint: elsewhere })]);
+    let mut changed = datagram.clone();
+    changed[20] ^= 1;
+    changed[8] ^= 0x40;
+    nodes[1].engine.shared.socket.deliver(elsewhere, &changed);
+    nodes[1].engine.shared.socket.deliver(elsewhere, &datagram);
+    until(&mut nodes, "changed and repeated data is dropped", |nodes| {
+        nodes[1].dropped("in_invalid") == 1 && nodes[1].dropped("in_replayed") == 1
+    });
+}
+
+#[test]
+fn timers_repeat_an_initiation_that_got_lost_and_idle_peers_are_left_alone() {
+    let net = MemoryNet::default();
+    let mut nodes = [Node::start(&net, 1)];
+    let silent = net.socket(endpoint(5));
+    let other = WgSecret::from_seed(&[5; 32]).public();
+    let [node] = &mut nodes;
+    node.engine.set_peer(other, PeerSpec { keepalive: Some(Duration::from_secs(1)), ..spec(5) });
+    node.engine.set_route(&other, &PeerRoute { primary: Some(endpoint(5)), handshake_fan_out: Vec::new() });
+    let idle = WgSecret::from_seed(&[6; 32]).public();
+    node.engine.set_peer(idle, spec(6));
+    node.engine.set_route(&idle, &PeerRoute { primary: Some(endpoint(5)), handshake_fan_out: Vec::new() });
+    until(&mut nodes, "the keepalive starts a handshake", |[node]| {
+        node.engine.handle_timeout((node.clock)());
+        silent.next().is_some_and(|(_, datagram)| datagram.len() == 148)
+    });
+    assert!(silent.next().is_none(), "one peer, one initiation");
+}
+
+#[test]
+fn a_peer_is_silent_when_packets_stay_unanswered_for_longer_than_a_keepalive_takes() {
+    let tunnel = BoringTunnels::new(&WgSecret::from_seed(&[1; 32]));
+    let key = WgSecret::from_seed(&[2; 32]).public();
+    let at = |seconds| Instant::from_origin(Duration::from_secs(seconds));
+    let peer = Peer::new(key, 1, tunnel.make(&key, &spec(2), 1, at(0)), false, Path::default());
+    assert!(!peer.is_silent(at(1000)), "nobody wants anything");
+    peer.count_sent(1, 60, at(1000));
+    peer.count_sent(1, 60, at(1011));
+    assert!(!peer.is_silent(at(1011)));
+    assert!(peer.is_silent(at(1012)), "since the first unanswered packet");
+    peer.count_received(0, 0, at(1012));
+    assert!(!peer.is_silent(at(1013)), "a keepalive is an answer");
+}
+
+#[test]
+fn stopping_ends_the_threads_within_a_second() {
+    let net = MemoryNet::default();
+    let mut nodes = pair(&net);
+    connect(&mut nodes);
+    for node in nodes {
+        let (mut engine, started) = (node.engine, RealInstant::now());
+        let shared = Arc::downgrade(&engine.shared);
+        engine.stop();
+        assert!(started.elapsed() < Duration::from_secs(1));
+        assert_eq!(shared.strong_count(), 1, "the threads hold nothing any more");
+    }
+}
+
+#[test]
+fn waiting_wakes_for_a_handshake() {
+    let net = MemoryNet::default();
+    let node = Node::start(&net, 1);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let mut initiation = [0; 148];
+    initiation[0] = 1;
+    net.inject(endpoint(77), node.endpoint, &initiation);
+    let woken = runtime.block_on(async { tokio::time::timeout(PATIENCE, node.engine.wait()).await });
+    assert!(woken.is_ok());
+}

@@ -1,0 +1,142 @@
+//! Doubles of TUN and UDP in memory: a host's end of a link, and a network that knows who has which address.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+use super::io::{DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
+use super::tun::{read_packets, write_packets};
+
+/// The agent's end of a link.
+#[derive(Debug)]
+pub(crate) struct MemoryTun(File);
+
+/// The host's end. Dropping it deletes the link.
+#[derive(Debug)]
+pub(crate) struct HostLink(File);
+
+pub(crate) fn link() -> (MemoryTun, HostLink) {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let (agent, host) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("a socket pair");
+    (MemoryTun(agent.into()), HostLink(host.into()))
+}
+
+impl HostLink {
+    /// The host sends a packet into the link.
+    pub(crate) fn send(&self, packet: &[u8]) {
+        (&self.0).write_all(packet).expect("the link has room");
+    }
+
+    /// The next packet that came out of the link, if any.
+    pub(crate) fn receive(&self) -> Option<Vec<u8>> {
+        let mut packet = vec![0; 65_535];
+        let len = (&self.0).read(&mut packet).ok()?;
+        packet.truncate(len);
+        Some(packet)
+    }
+}
+
+impl AsFd for MemoryTun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl PacketDevice for MemoryTun {
+    fn read(&self, batch: &mut Packed<()>) -> io::Result<usize> {
+        read_packets(&self.0, batch)
+    }
+
+    fn write(&self, batch: &Packed<()>) -> usize {
+        write_packets(&self.0, batch)
+    }
+}
+
+/// A network. Datagrams to an address that nobody has are lost, as on the real one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct MemoryNet(Arc<Mutex<BTreeMap<SocketAddr, Arc<Inbox>>>>);
+
+#[derive(Debug)]
+struct Inbox {
+    datagrams: Mutex<VecDeque<(SocketAddr, Vec<u8>)>>,
+    arrived: EventFd,
+}
+
+/// A socket with one address.
+#[derive(Debug)]
+pub(crate) struct MemorySocket {
+    net: MemoryNet,
+    address: SocketAddr,
+    inbox: Arc<Inbox>,
+}
+
+impl MemoryNet {
+    pub(crate) fn socket(&self, address: SocketAddr) -> MemorySocket {
+        let arrived = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).expect("an eventfd");
+        let inbox = Arc::new(Inbox { datagrams: Mutex::default(), arrived });
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address, Arc::clone(&inbox));
+        MemorySocket { net: self.clone(), address, inbox }
+    }
+
+    /// Delivers a datagram as if it came from `source`.
+    pub(crate) fn inject(&self, source: SocketAddr, to: SocketAddr, datagram: &[u8]) {
+        let inbox = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&to).cloned();
+        if let Some(inbox) = inbox {
+            inbox.push(source, datagram);
+        }
+    }
+}
+
+impl Inbox {
+    fn push(&self, source: SocketAddr, datagram: &[u8]) {
+        self.datagrams.lock().unwrap_or_else(PoisonError::into_inner).push_back((source, datagram.to_vec()));
+        self.arrived.write(1).expect("the count is small");
+    }
+}
+
+impl MemorySocket {
+    /// Puts a datagram into this socket's inbox, also when another socket has taken its address since.
+    pub(crate) fn deliver(&self, source: SocketAddr, datagram: &[u8]) {
+        self.inbox.push(source, datagram);
+    }
+
+    /// The next datagram that arrived, if any.
+    pub(crate) fn next(&self) -> Option<(SocketAddr, Vec<u8>)> {
+        self.inbox.datagrams.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+impl DatagramSocket for MemorySocket {
+    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 2] {
+        [Some(self.inbox.arrived.as_fd()), None]
+    }
+
+    fn receive(&self, batch: &mut Received) -> io::Result<()> {
+        batch.clear();
+        // Before the datagrams are taken, so that what comes meanwhile wakes again.
+        let _none_arrived = self.inbox.arrived.read();
+        while batch.len() < MAX_BATCH
+            && let Some((source, datagram)) = self.next()
+        {
+            let slot = batch.free_slots().next().expect("the batch is not full");
+            slot[..datagram.len()].copy_from_slice(&datagram);
+            batch.push(datagram.len(), source);
+        }
+        if batch.len() == MAX_BATCH {
+            self.inbox.arrived.write(1)?;
+        }
+        Ok(())
+    }
+
+    fn send(&self, batch: &Packed<SocketAddr>, _patience: Duration) -> usize {
+        batch.iter().for_each(|(datagram, to)| self.net.inject(self.address, to, datagram));
+        batch.len()
+    }
+}

@@ -1,0 +1,197 @@
+//! What control and the two threads share.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use mesh_common::allowed_ips::AllowedIps;
+use mesh_common::time::Instant;
+use mesh_proto::wg::Tunnel;
+use mesh_proto::wire::demux::WireGuardKind;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tokio::sync::Notify;
+
+use super::drops::{Drop, Drops};
+use super::engine::Clock;
+use super::index::IndexTable;
+use super::io::{DatagramSocket, Packed, PacketDevice};
+use super::peer::Peer;
+
+/// Handshake messages that wait for control: what it does in about 50 ms.
+pub(super) const CONTROL_QUEUE: usize = 256;
+/// How long a thread waits for the kernel's send buffer before it drops.
+const SEND_PATIENCE: Duration = Duration::from_millis(100);
+
+pub(super) struct Shared<T, D, S> {
+    pub(super) clock: Clock,
+    pub(super) snapshot: ArcSwap<Snapshot<T>>,
+    /// `None` while the link is gone.
+    pub(super) device: ArcSwapOption<D>,
+    pub(super) socket: S,
+    pub(super) drops: Drops,
+    pub(super) control: Control<T>,
+    pub(super) link_lost: AtomicBool,
+    pub(super) outbound_waker: Waker,
+    pub(super) inbound_waker: Waker,
+    stop: AtomicBool,
+}
+
+/// What the threads know of peers, replaced as a whole.
+#[derive(Debug)]
+pub(super) struct Snapshot<T> {
+    pub(super) peers: Vec<Arc<Peer<T>>>,
+    pub(super) by_index: IndexTable,
+    /// To positions in `peers`.
+    pub(super) allowed_ips: AllowedIps<u32>,
+}
+
+impl<T> Default for Snapshot<T> {
+    fn default() -> Self {
+        Self { peers: Vec::new(), by_index: IndexTable::default(), allowed_ips: AllowedIps::default() }
+    }
+}
+
+impl<T> Snapshot<T> {
+    pub(super) fn peer(&self, slot: u32) -> &Arc<Peer<T>> {
+        &self.peers[slot as usize]
+    }
+}
+
+impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
+    pub(super) fn new(device: Option<D>, socket: S, clock: Clock) -> io::Result<Self> {
+        Ok(Self {
+            clock,
+            snapshot: ArcSwap::default(),
+            device: ArcSwapOption::from_pointee(device),
+            socket,
+            drops: Drops::default(),
+            control: Control::default(),
+            link_lost: AtomicBool::new(false),
+            outbound_waker: Waker::new()?,
+            inbound_waker: Waker::new()?,
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn now(&self) -> Instant {
+        (self.clock)()
+    }
+
+    /// Sends from a data thread, which may wait for the kernel.
+    pub(super) fn send(&self, batch: &Packed<SocketAddr>) {
+        self.send_within(batch, SEND_PATIENCE);
+    }
+
+    pub(super) fn send_within(&self, batch: &Packed<SocketAddr>, patience: Duration) {
+        if !batch.is_empty() {
+            let sent = self.socket.send(batch, patience);
+            self.drops.add(Drop::OutNotSent, batch.len().saturating_sub(sent));
+        }
+    }
+
+    /// Takes a dead device out of use, unless control has replaced it already.
+    pub(super) fn lose_link(&self, dead: &Arc<D>) {
+        let found = self.device.compare_and_swap(dead, None);
+        if found.as_ref().is_some_and(|found| Arc::ptr_eq(found, dead)) {
+            self.link_lost.store(true, Ordering::Release);
+            self.control.notify.notify_one();
+        }
+    }
+
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.outbound_waker.wake();
+        self.inbound_waker.wake();
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+}
+
+/// What waits for control.
+pub(super) struct Control<T> {
+    pub(super) notify: Notify,
+    handshakes: Mutex<VecDeque<HandshakeMessage>>,
+    reporting: Mutex<Vec<Arc<Peer<T>>>>,
+}
+
+/// A handshake message with its source.
+#[derive(Debug)]
+pub(super) struct HandshakeMessage {
+    pub(super) kind: WireGuardKind,
+    pub(super) source: SocketAddr,
+    /// At most the 148 bytes of an initiation: their lengths are fixed.
+    pub(super) bytes: Box<[u8]>,
+}
+
+impl<T> Default for Control<T> {
+    fn default() -> Self {
+        Self { notify: Notify::new(), handshakes: Mutex::default(), reporting: Mutex::default() }
+    }
+}
+
+impl<T> Control<T> {
+    /// False when the queue is full.
+    pub(super) fn queue_handshake(&self, kind: WireGuardKind, source: SocketAddr, datagram: &[u8]) -> bool {
+        let mut queue = self.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
+        if queue.len() >= CONTROL_QUEUE {
+            return false;
+        }
+        queue.push_back(HandshakeMessage { kind, source, bytes: datagram.into() });
+        drop(queue);
+        self.notify.notify_one();
+        true
+    }
+
+    pub(super) fn next_handshake(&self) -> Option<HandshakeMessage> {
+        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    /// Puts a peer on the list; it holds each peer at most once ([`Peer`]'s `note_*` see to that).
+    pub(super) fn report(&self, peer: &Arc<Peer<T>>) {
+        self.reporting.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(peer));
+        self.notify.notify_one();
+    }
+
+    pub(super) fn take_reporting(&self) -> Vec<Arc<Peer<T>>> {
+        std::mem::take(&mut *self.reporting.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Gets a thread out of its poll.
+#[derive(Debug)]
+pub(super) struct Waker(EventFd);
+
+impl Waker {
+    fn new() -> io::Result<Self> {
+        Ok(Self(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?))
+    }
+
+    pub(super) fn wake(&self) {
+        // The only failure is a counter at its limit, and then the thread is awake.
+        let _full = self.0.write(1);
+    }
+
+    /// Waits until one of `readable` (at most two) is readable or broken, somebody wakes, or `limit` has passed.
+    pub(super) fn wait(&self, readable: &[Option<BorrowedFd<'_>>], limit: Option<Duration>) {
+        let waker = self.0.as_fd();
+        // A descriptor that is missing is stood in for by the waker's own.
+        let descriptor = |at: usize| readable.get(at).copied().flatten().unwrap_or(waker);
+        let mut polled = [waker, descriptor(0), descriptor(1)].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let limit = limit.map_or(PollTimeout::NONE, |limit| PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX));
+        match poll(&mut polled, limit) {
+            Ok(_) | Err(Errno::EINTR) => {
+                let _not_woken = self.0.read();
+            }
+            Err(_) => {}
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! The UDP socket pair: IPv4 and IPv6 on one port, marked so that they take the underlay and never the mesh.
+//!
+//! Datagrams are received and sent in batches, one system call for many. A host without one of the families runs with the
+//! other.
+
+#![allow(unsafe_code)]
+
+use std::io::{self, ErrorKind};
+use std::mem;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+
+use super::io::{DatagramSocket, MAX_BATCH, Packed, Received};
+
+/// Asked of the kernel for each direction: some milliseconds at 10 Gbit/s.
+const BUFFER_BYTES: usize = 7 << 20;
+/// Ports tried when any will do and the other family has it taken.
+const ANY_PORT_ATTEMPTS: usize = 16;
+
+/// A socket pair that could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    #[error("another agent or WireGuard is on UDP port {port}: stop it or set mesh.listenPort")]
+    PortInUse { port: u16 },
+    #[error(
+        "no permission to use UDP port {port}: set mesh.listenPort to 1024 or above, or give the agent CAP_NET_BIND_SERVICE"
+    )]
+    NotPermitted { port: u16 },
+    #[error("no UDP socket on port {port}: this host has neither IPv4 nor IPv6")]
+    NoFamily { port: u16 },
+    #[error("no UDP socket on port {port}")]
+    Failed {
+        port: u16,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// One IPv4 and one IPv6 socket on the same port.
+#[derive(Debug)]
+pub struct UdpSockets {
+    v4: Option<Socket>,
+    v6: Option<Socket>,
+    port: u16,
+    /// Which family is received from first; changes each time, so that a flood on one does not silence the other.
+    v6_first: AtomicBool,
+}
+
+impl UdpSockets {
+    /// Opens both sockets on `port`, 0 = any, with firewall mark `mark`. A mark that is refused is a warning: without it
+    /// a mesh prefix that covers a peer's endpoint would loop.
+    pub fn bind(port: u16, mark: u32) -> Result<Self, BindError> {
+        let attempts = if port == 0 { ANY_PORT_ATTEMPTS } else { 1 };
+        let mut last = None;
+        for _ in 0..attempts {
+            match Self::try_bind(port) {
+                Ok(pair) => {
+                    pair.mark(mark);
+                    return Ok(pair);
+                }
+                Err(error @ BindError::PortInUse { .. }) => last = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last.unwrap_or(BindError::PortInUse { port }))
+    }
+
+    /// The port of both sockets.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn try_bind(port: u16) -> Result<Self, BindError> {
+        let v4 = open((Ipv4Addr::UNSPECIFIED, port).into())?;
+        let taken = match &v4 {
+            Some(socket) => local_port(socket, port)?,
+            None => port,
+        };
+        let v6 = open((Ipv6Addr::UNSPECIFIED, taken).into())?;
+        let port = match &v6 {
+            Some(socket) => local_port(socket, taken)?,
+            None => taken,
+        };
+        if v4.is_none() && v6.is_none() {
+            return Err(BindError::NoFamily { port });
+        }
+        Ok(Self { v4, v6, port, v6_first: AtomicBool::new(false) })
+    }
+
+    fn mark(&self, mark: u32) {
+        for socket in [&self.v4, &self.v6].into_iter().flatten() {
+            if let Err(error) = setsockopt(socket, sockopt::Mark, &mark) {
+                tracing::warn!(
+                    %error,
+                    "UDP sockets carry no firewall mark: give the agent CAP_NET_ADMIN, or a mesh prefix that covers a peer's endpoint cuts that peer off"
+                );
+                return;
+            }
+        }
+    }
+}
+
+impl DatagramSocket for UdpSockets {
+    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 2] {
+        [&self.v4, &self.v6].map(|socket| socket.as_ref().map(AsFd::as_fd))
+    }
+
+    fn receive(&self, batch: &mut Received) -> io::Result<()> {
+        batch.clear();
+        let mut order = [&self.v4, &self.v6];
+        if self.v6_first.fetch_xor(true, Ordering::Relaxed) {
+            order.reverse();
+        }
+        for socket in order.into_iter().flatten() {
+            match receive_some(socket, batch) {
+                Ok(()) => {}
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(_) if !batch.is_empty() => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, batch: &Packed<SocketAddr>, patience: Duration) -> usize {
+        let mut sent = 0;
+        let families = [(&self.v4, true), (&self.v6, false)];
+        for (socket, is_v4) in families {
+            let mut datagrams = batch.iter().filter(|(_, to)| to.is_ipv4() == is_v4);
+            let Some(socket) = socket else { continue };
+            while let count @ 1.. = send_some(socket, &mut datagrams, patience, &mut sent) {
+                if count < MAX_BATCH {
+                    break;
+                }
+            }
+        }
+        sent
+    }
+}
+
+/// `None` when the host does not have the family.
+fn open(address: SocketAddr) -> Result<Option<Socket>, BindError> {
+    let port = address.port();
+    let failed = |source| BindError::Failed { port, source };
+    let socket = match Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP)) {
+        Ok(socket) => socket,
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    if address.is_ipv6() {
+        socket.set_only_v6(true).map_err(failed)?;
+    }
+    match socket.bind(&address.into()) {
+        Ok(()) => {}
+        // IPv6 is compiled in and switched off.
+        Err(error) if error.kind() == ErrorKind::AddrNotAvailable => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::AddrInUse => return Err(BindError::PortInUse { port }),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(BindError::NotPermitted { port }),
+        Err(error) => return Err(failed(error)),
+    }
+    // Without CAP_NET_ADMIN the kernel's limit applies, which is fine for slower links.
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER_BYTES).is_err() {
+        socket.set_recv_buffer_size(BUFFER_BYTES).map_err(failed)?;
+    }
+    if setsockopt(&socket, sockopt::SndBufForce, &BUFFER_BYTES).is_err() {
+        socket.set_send_buffer_size(BUFFER_BYTES).map_err(failed)?;
+    }
+    Ok(Some(socket))
+}
+
+fn local_port(socket: &Socket, asked: u16) -> Result<u16, BindError> {
+    let address = socket.local_addr().map_err(|source| BindError::Failed { port: asked, source })?;
+    Ok(address.as_socket().map_or(asked, |address| address.port()))
+}
+
+/// Receives what is there into the free slots, by one system call.
+fn receive_some(socket: &Socket, batch: &mut Received) -> Result<(), Errno> {
+    // SAFETY: mmsghdr and iovec are integers and pointers; all zero means "no name, no data, no control".
+    let mut headers: [libc::mmsghdr; MAX_BATCH] = unsafe { mem::zeroed() };
+    // SAFETY: as above.
+    let mut blocks: [libc::iovec; MAX_BATCH] = unsafe { mem::zeroed() };
+    let mut names: [SockAddrStorage; MAX_BATCH] = std::array::from_fn(|_| SockAddrStorage::zeroed());
+    let mut count = 0;
+    for (slot, ((header, block), name)) in batch.free_slots().zip(headers.iter_mut().zip(&mut blocks).zip(&mut names)) {
+        *block = libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: slot.len() };
+        header.msg_hdr.msg_iov = block;
+        header.msg_hdr.msg_iovlen = 1;
+        header.msg_hdr.msg_name = ptr::from_mut(name).cast();
+        header.msg_hdr.msg_namelen = name.size_of();
+        count += 1;
+    }
+    if count == 0 {
+        return Ok(());
+    }
+    let flags = libc::MSG_DONTWAIT;
+    // SAFETY: the first `count` headers point to distinct slots, blocks and names that outlive the call, with their lengths.
+    let got = unsafe { libc::recvmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count, flags as _, ptr::null_mut()) };
+    let got = usize::try_from(Errno::result(got)?).unwrap_or(0);
+    for (header, name) in headers.iter().zip(names).take(got) {
+        // SAFETY: the kernel wrote an address of `msg_namelen` bytes into this storage.
+        let source = unsafe { SockAddr::new(name, header.msg_hdr.msg_namelen) };
+        // A socket of an internet family has internet peers; anything else would be the kernel's bug and is an empty slot.
+        let source = source.as_socket().unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+        batch.push(header.msg_len as usize, source);
+    }
+    Ok(())
+}
+
+/// Sends the next datagrams of one family, at most a batch; gives how many it took from the iterator and adds to `sent`
+/// those that the kernel took.
+fn send_some<'a>(
+    socket: &Socket,
+    datagrams: &mut impl Iterator<Item = (&'a [u8], SocketAddr)>,
+    patience: Duration,
+    sent: &mut usize,
+) -> usize {
+    // SAFETY: mmsghdr and iovec are integers and pointers; all zero means "no name, no data, no control".
+    let mut headers: [libc::mmsghdr; MAX_BATCH] = unsafe { mem::zeroed() };
+    // SAFETY: as above.
+    let mut blocks: [libc::iovec; MAX_BATCH] = unsafe { mem::zeroed() };
+    let mut names = [const { None }; MAX_BATCH];
+    let mut count = 0;
+    for (((header, block), name), (bytes, to)) in
+        headers.iter_mut().zip(&mut blocks).zip(&mut names).zip(datagrams.by_ref())
+    {
+        let name: &mut SockAddr = name.insert(to.into());
+        *block = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        header.msg_hdr.msg_iov = block;
+        header.msg_hdr.msg_iovlen = 1;
+        header.msg_hdr.msg_name = name.as_ptr().cast_mut().cast();
+        header.msg_hdr.msg_namelen = name.len();
+        count += 1;
+    }
+    let mut next = 0;
+    while next < count {
+        let waiting = &mut headers[next..count];
+        let flags = libc::MSG_DONTWAIT;
+        // SAFETY: every header of `waiting` points to bytes, a block and a name that outlive the call; sendmmsg only reads
+        // what they point to and writes `msg_len`.
+        let taken = unsafe { libc::sendmmsg(socket.as_raw_fd(), waiting.as_mut_ptr(), waiting.len() as _, flags as _) };
+        match Errno::result(taken) {
+            Ok(taken) => {
+                let taken = usize::try_from(taken).unwrap_or(0).max(1);
+                *sent += taken;
+                next += taken;
+            }
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                if !has_room(socket, patience) {
+                    return count;
+                }
+            }
+            // It concerns the first only: no route, too long, refused by a filter.
+            Err(_) => next += 1,
+        }
+    }
+    count
+}
+
+fn has_room(socket: &Socket, patience: Duration) -> bool {
+    let limit = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+    !patience.is_zero() && matches!(poll(&mut polled, limit), Ok(1..))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn receive(sockets: &UdpSockets, expected: usize) -> Vec<(Vec<u8>, SocketAddr)> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let (mut batch, mut all) = (Received::default(), Vec::new());
+        while all.len() < expected {
+            assert!(Instant::now() < deadline, "{} of {expected} datagrams came", all.len());
+            sockets.receive(&mut batch).unwrap();
+            all.extend(batch.iter().map(|(bytes, source)| (bytes.to_vec(), source)));
+            let fds: Vec<_> = sockets.descriptors().into_iter().flatten().collect();
+            let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+            poll(&mut polled, PollTimeout::from(if all.len() < expected { 100u8 } else { 0 })).unwrap();
+        }
+        all
+    }
+
+    #[test]
+    fn batches_of_both_families_arrive_whole_and_in_order() {
+        let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+        let v6 = if b.v6.is_some() { "[::1]" } else { "127.0.0.1" };
+        let targets: [SocketAddr; 2] = ["127.0.0.1", v6].map(|host| format!("{host}:{}", b.port()).parse().unwrap());
+        let mut batch = Packed::new(1 << 20);
+        let count = MAX_BATCH + 20;
+        for n in 0..count {
+            let len = 1 + n * 17;
+            batch.spare(len).unwrap().fill(n as u8);
+            batch.push(len, targets[n % 2]);
+        }
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), count);
+        let got = receive(&b, count);
+        for family in [true, false] {
+            let lens = |all: &mut dyn Iterator<Item = (&[u8], SocketAddr)>| -> Vec<usize> {
+                all.filter(|(_, address)| address.is_ipv4() == family).map(|(bytes, _)| bytes.len()).collect()
+            };
+            let received = lens(&mut got.iter().map(|(bytes, source)| (&**bytes, *source)));
+            assert_eq!(received, lens(&mut batch.iter()), "IPv4: {family}");
+        }
+        assert!(got.iter().all(|(bytes, source)| bytes.iter().all(|b| *b == bytes[0]) && source.port() == a.port()));
+    }
+
+    #[test]
+    fn a_datagram_the_kernel_refuses_does_not_stop_the_others() {
+        let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+        let target: SocketAddr = ([127, 0, 0, 1], b.port()).into();
+        let mut batch = Packed::new(1 << 18);
+        for len in [10, 65_535, 20] {
+            batch.spare(len).unwrap().fill(1);
+            batch.push(len, target);
+        }
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), 2, "65535 bytes are no datagram");
+        let lens: Vec<_> = receive(&b, 2).iter().map(|(bytes, _)| bytes.len()).collect();
+        assert_eq!(lens, [10, 20]);
+    }
+
+    #[test]
+    fn a_port_in_use_is_named_with_the_fix() {
+        let first = UdpSockets::bind(0, 0).unwrap();
+        let error = UdpSockets::bind(first.port(), 0).unwrap_err().to_string();
+        assert!(error.contains(&format!("UDP port {}", first.port())), "{error}");
+        assert!(error.contains("mesh.listenPort"), "{error}");
+    }
+}

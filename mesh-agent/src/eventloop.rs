@@ -1,0 +1,482 @@
+//! One node that is switched on: the only place where the machine meets the world.
+//!
+//! Owns the order of things: one input, then everything the machine has to say, then the next. Refuses policy: it moves
+//! bytes, carries out steps and reports facts. Nothing here ends the loop but a signal or the machine itself; what fails on
+//! the host is reported to the machine and shown in `status`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use mesh_common::config::Config;
+use mesh_common::host_name::HostName;
+use mesh_common::key::ClusterSecret;
+use mesh_common::limits::FWMARK;
+use mesh_common::time::Instant;
+use mesh_proto::device::{Action, Link, Observed};
+use mesh_proto::mesh::agent::{Agent, AgentEvent, OwnClaim, Start, StepError};
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
+use zeroize::Zeroizing;
+
+use crate::api::ApiRequest;
+use crate::clock;
+use crate::dataplane::{BoringTunnels, Engine, Tun, UdpSockets};
+use crate::device::{ApplyError, HostDevice, HostWatch, ObserveError};
+use crate::io::carriers::{CarrierEvent, Carriers};
+use crate::io::session::{Dialer, ServerAddress};
+use crate::services::{Answer, Services, Wish};
+use crate::state::State;
+use crate::status::Status;
+use crate::{node_settings, secrets, status};
+
+/// How often tunnels in use run their timers.
+const TUNNEL_TICK: Duration = Duration::from_millis(250);
+/// Bursts of netlink events are looked at once.
+const HOST_SETTLE: Duration = Duration::from_millis(20);
+/// Bursts of records are written to disk once.
+const STORE_PAUSE: Duration = Duration::from_secs(1);
+/// A departure that takes longer is cut short; what is left on the host is named.
+const LEAVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why a node stopped.
+#[derive(Debug)]
+pub enum Ended {
+    /// A signal: the link goes with the process, the fail-closed floor stays.
+    Terminated,
+    /// It said farewell and cleaned the host. The configuration to go on with.
+    Left(Box<Config>),
+}
+
+pub struct Node<'a> {
+    config: Config,
+    secret: ClusterSecret,
+    servers: Vec<ServerAddress>,
+    host_name: HostName,
+    agent: Agent,
+    engine: Engine<BoringTunnels, Tun, UdpSockets>,
+    host: HostDevice,
+    watch: HostWatch,
+    carriers: Carriers,
+    state: &'a mut State,
+    started_at_ms: u64,
+    store_at: Option<Instant>,
+    observe_at: Option<Instant>,
+    leaving: Option<Leaving>,
+    ready: bool,
+    /// The data plane lost its TUN and has no other yet.
+    link_lost: bool,
+    store_failed: bool,
+    host_problem: Option<String>,
+    /// The last picture of the host.
+    observed: Observed,
+}
+
+/// A departure under way, and who waits for it.
+struct Leaving {
+    config: Box<Config>,
+    give_up_at: Instant,
+    waiting: Vec<Answer>,
+}
+
+impl<'a> Node<'a> {
+    /// Opens everything a node needs; fails with what is missing before anything is announced.
+    pub async fn start(config: Config, state: &'a mut State) -> anyhow::Result<Self> {
+        let settings = node_settings::load(&config).await?;
+        let host_name = settings.host_name.clone();
+        let secret = secrets::cluster_secret(&config.cluster.secret)?;
+        let sockets = UdpSockets::bind(settings.listen_port, FWMARK)?;
+        let mut host = HostDevice::new(&settings.link_name, state.dir())?;
+        let tun = Tun::create(&settings.link_name)?;
+        host.set_link(Some(tun.index()), settings.listen_port);
+        let watch = HostWatch::start().context("cannot watch the host's network by netlink")?;
+        let carriers = Carriers::new(Dialer::new().context("cannot open sockets for discovery servers")?);
+        let mut seed = Zeroizing::new([0; 32]);
+        let mut instance = [0; 16];
+        getrandom::fill(seed.as_mut_slice()).context("the operating system gives no randomness")?;
+        getrandom::fill(&mut instance).context("the operating system gives no randomness")?;
+        let started_at_ms = clock::unix_ms();
+        let start = Start {
+            keys: secret.derive(),
+            identity: state.identity().clone(),
+            wg_public: state.wg().public(),
+            wg_proof: state.wg().prove(&state.identity().node_id()),
+            instance,
+            seed: *seed,
+            unix_ms: started_at_ms,
+            last_seq: state.reserved_seq(),
+            claim: state.claim().map(|(addr, claimed_at_ms)| OwnClaim { addr, claimed_at_ms }),
+            marks: state.load_marks()?,
+            frames: state.load_frames()?,
+        };
+        let engine = Engine::start(Some(tun), sockets, BoringTunnels::new(state.wg()), Arc::new(clock::now))
+            .context("cannot start the data plane")?;
+        let agent = Agent::new(settings, start, clock::now());
+        tracing::info!(
+            node = %agent.node_id().short(),
+            overlay_v6 = %agent.overlay_v6(),
+            interface = %config.mesh.interface_name.as_str(),
+            port = config.mesh.listen_port,
+            cached_members = agent.members().iter().count(),
+            "mesh is on"
+        );
+        Ok(Self {
+            servers: node_settings::servers(&config),
+            host_name,
+            config,
+            secret,
+            agent,
+            engine,
+            host,
+            watch,
+            carriers,
+            state,
+            started_at_ms,
+            store_at: None,
+            observe_at: Some(clock::now()),
+            leaving: None,
+            ready: false,
+            link_lost: false,
+            store_failed: false,
+            host_problem: None,
+            observed: Observed::default(),
+        })
+    }
+
+    /// Runs until a signal or until the node has left.
+    pub async fn run(mut self, services: &mut Services) -> anyhow::Result<Ended> {
+        let mut tunnels = interval(TUNNEL_TICK);
+        tunnels.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            if self.drain(services).await {
+                return self.leave();
+            }
+            if !self.engine.is_running() {
+                bail!("a thread of the data plane died, which is a bug: the log above says where");
+            }
+            let (wake_at, _why) = self.next_wake();
+            tokio::select! {
+                wish = services.next() => {
+                    if let Some(ended) = self.grant(wish).await? {
+                        return Ok(ended);
+                    }
+                }
+                (server, event) = self.carriers.next() => {
+                    let now = clock::now();
+                    match event {
+                        CarrierEvent::Connected { exporter, .. } => self.agent.handle_connected(server, exporter, now),
+                        CarrierEvent::Message(message) => self.agent.handle_message(server, &message, now),
+                        CarrierEvent::Closed(reason) => self.agent.handle_disconnected(server, &reason, now),
+                    }
+                }
+                () = self.engine.wait() => self.report_peers(),
+                _ = tunnels.tick() => {
+                    self.engine.handle_timeout(clock::now());
+                    self.report_peers();
+                }
+                () = self.watch.changed() => {
+                    let at = clock::now() + HOST_SETTLE;
+                    self.observe_at = Some(self.observe_at.map_or(at, |before| before.min(at)));
+                }
+                () = sleep_until(clock::deadline(wake_at)) => self.agent.handle_timeout(clock::now()),
+            }
+        }
+    }
+
+    fn next_wake(&self) -> (Instant, &'static str) {
+        let own = [
+            self.store_at.map(|at| (at, "write members to disk")),
+            self.observe_at.map(|at| (at, "look at the host")),
+            self.leaving.as_ref().map(|leaving| (leaving.give_up_at, "stop waiting for the departure")),
+        ];
+        let own = own.into_iter().flatten();
+        own.chain(self.agent.poll_timeout())
+            .min_by_key(|(at, _)| *at)
+            .unwrap_or_else(|| (clock::now() + Duration::from_secs(3600), "nothing is due"))
+    }
+
+    /// Does all that is due and all that the machine asks for. True when the machine has stopped.
+    async fn drain(&mut self, services: &mut Services) -> bool {
+        loop {
+            while let Some((server, message)) = self.agent.poll_transmit() {
+                self.carriers.send(server, message);
+            }
+            let now = clock::now();
+            if let Some(event) = self.agent.poll_event() {
+                if event == AgentEvent::Stopped {
+                    return true;
+                }
+                self.carry_out(event).await;
+            } else if self.observe_at.is_some_and(|at| now >= at) || self.is_link_newly_lost() {
+                self.observe_at = None;
+                if let Some(observed) = self.observe().await {
+                    self.observed = observed.clone();
+                    self.agent.handle_observed(observed, clock::now());
+                }
+            } else if self.store_at.is_some_and(|at| now >= at) {
+                self.store_at = None;
+                self.store_members();
+            } else if self.leaving.as_ref().is_some_and(|leaving| now >= leaving.give_up_at) {
+                tracing::warn!("the departure is not complete: run `mesh-agent cleanup` for what is left on this host");
+                return true;
+            } else {
+                break;
+            }
+        }
+        if self.ready {
+            services.ready();
+        }
+        false
+    }
+
+    /// The link was deleted and the host does not know yet that its TUN is dead.
+    fn is_link_newly_lost(&mut self) -> bool {
+        self.engine.link_lost() && !std::mem::replace(&mut self.link_lost, true)
+    }
+
+    async fn carry_out(&mut self, event: AgentEvent) {
+        match event {
+            AgentEvent::Dial(server) => self.carriers.dial(server, self.servers[server.0].clone()),
+            AgentEvent::HangUp(server) => self.carriers.hang_up(server),
+            AgentEvent::ReserveSeq(seq) => {
+                let written = self.state.reserve_seq(seq);
+                self.note_written(written);
+                self.agent.handle_seq_reserved(seq, clock::now());
+            }
+            AgentEvent::StoreClaim(claim) => {
+                let written = self.state.set_claim(Some((claim.addr, claim.claimed_at_ms)));
+                self.note_written(written);
+            }
+            AgentEvent::StoreMembers => {
+                self.store_at.get_or_insert_with(|| clock::now() + STORE_PAUSE);
+            }
+            AgentEvent::SetRoute(peer, route) => self.engine.set_route(&peer, &route),
+            AgentEvent::StartHandshake(peer) => {
+                if !self.engine.start_handshake(&peer) {
+                    tracing::debug!(%peer, "no endpoint to start a handshake with");
+                }
+            }
+            AgentEvent::Apply(steps) => self.apply(steps).await,
+            AgentEvent::Stopped => {}
+        }
+    }
+
+    async fn apply(&mut self, steps: Vec<Action>) {
+        let mut failures = Vec::new();
+        let first = steps.first().cloned();
+        for step in steps {
+            if !matches!(step, Action::SetPeer(..) | Action::RemovePeer(_)) {
+                // Many peers are one snapshot for the data threads; before a packet can be routed to them.
+                self.engine.publish();
+            }
+            if let Err(error) = self.apply_step(&step).await {
+                let not_permitted = matches!(error.downcast_ref(), Some(ApplyError::NotPermitted { .. }));
+                failures.push((step, StepError { text: format!("{error:#}"), not_permitted }));
+            }
+        }
+        if let Some(observed) = self.observe().await {
+            self.ready |= observed.link.is_some();
+            self.observed = observed;
+        } else if let Some(step) = first {
+            // The last picture stands, and the machine waits before it asks for more.
+            let text = self.host_problem.clone().unwrap_or_default();
+            failures.push((step, StepError { text, not_permitted: false }));
+        }
+        self.agent.handle_applied(failures, self.observed.clone(), clock::now());
+    }
+
+    async fn apply_step(&mut self, step: &Action) -> anyhow::Result<()> {
+        match step {
+            Action::CreateLink(link) => self.create_link(link).await?,
+            Action::UpdateLink(link) => self.host.configure_link(link).await?,
+            Action::SetPeer(key, spec) => {
+                self.engine.set_peer(*key, spec.clone());
+                if let Some(route) = self.agent.route_of(key) {
+                    self.engine.set_route(key, route);
+                }
+            }
+            Action::RemovePeer(key) => self.engine.remove_peer(key),
+            _ => self.host.apply(step).await?,
+        }
+        Ok(())
+    }
+
+    /// The TUN that was opened at the start is used first; one that was deleted is opened anew.
+    async fn create_link(&mut self, link: &Link) -> anyhow::Result<()> {
+        if !self.engine.link_lost() {
+            match self.host.configure_link(link).await {
+                Err(error) if error.is_missing_link() => {}
+                other => return Ok(other?),
+            }
+        }
+        let tun = Tun::create(&link.name)?;
+        self.host.set_link(Some(tun.index()), link.listen_port);
+        self.engine.replace_tun(tun);
+        self.link_lost = false;
+        Ok(self.host.configure_link(link).await?)
+    }
+
+    async fn observe(&mut self) -> Option<Observed> {
+        match self.host.observe().await {
+            Ok(observed) => {
+                self.host_problem = None;
+                Some(Observed { peers: self.engine.peers(), ..observed })
+            }
+            Err(error) => {
+                let text = error.to_string();
+                if self.host_problem.as_ref() != Some(&text) {
+                    tracing::warn!("{text}");
+                }
+                if !matches!(error, ObserveError::ForeignLink { .. }) {
+                    self.observe_at = Some(clock::now() + Duration::from_secs(1));
+                }
+                self.host_problem = Some(text);
+                None
+            }
+        }
+    }
+
+    fn report_peers(&mut self) {
+        let now = clock::now();
+        for (peer, report) in self.engine.handle_control(now) {
+            self.agent.handle_peer_report(&peer, &report, now);
+        }
+    }
+
+    fn store_members(&mut self) {
+        let written = self.state.store_frames(&self.agent.frames());
+        let written = written.and_then(|()| self.state.store_marks(self.agent.members().marks()));
+        if self.note_written(written) {
+            return;
+        }
+        self.store_at = Some(clock::now() + Duration::from_secs(60));
+    }
+
+    /// A full disk is no reason to stop: said once, until it works again.
+    fn note_written(&mut self, written: Result<(), crate::state::StateError>) -> bool {
+        let failed = written.is_err();
+        match written {
+            Err(error) if !self.store_failed => tracing::warn!("{error}; the node goes on from memory"),
+            Ok(()) if self.store_failed => tracing::info!("the state directory can be written again"),
+            _ => {}
+        }
+        self.store_failed = failed;
+        !failed
+    }
+
+    async fn grant(&mut self, wish: Wish) -> anyhow::Result<Option<Ended>> {
+        match wish {
+            Wish::Terminate => {
+                tracing::info!("stopping; routes fail closed until the next start");
+                if self.store_at.is_some() {
+                    self.store_members();
+                }
+                self.engine.stop();
+                return Ok(Some(Ended::Terminated));
+            }
+            Wish::Reload { config, answer } => self.reload(config, answer).await,
+            Wish::Api(ApiRequest::Status(answer)) => {
+                // The asker may have gone.
+                let _gone = answer.send(Box::new(self.status()));
+            }
+            Wish::Api(ApiRequest::Leave(answer)) => {
+                let mut config = Box::new(self.config.clone());
+                config.mesh.enabled = false;
+                self.start_leaving(config, Some(answer));
+            }
+            // Services reads the configuration first.
+            Wish::Api(ApiRequest::Reload(_)) => {}
+        }
+        Ok(None)
+    }
+
+    /// Takes a new configuration. What cannot change in place (cluster, interface, port) takes the node down and up again.
+    async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) {
+        if let Some(leaving) = &mut self.leaving {
+            // The newest configuration is the one to go on with, on or off.
+            leaving.config = config;
+            leaving.waiting.extend(answer);
+            return;
+        }
+        if !config.mesh.enabled {
+            self.start_leaving(config, answer);
+            return;
+        }
+        let loaded = node_settings::load(&config).await;
+        let secret = secrets::cluster_secret(&config.cluster.secret);
+        match (loaded, secret) {
+            (Err(error), _) => respond(answer, Err(format!("{error:#}"))),
+            (_, Err(error)) => respond(answer, Err(error.to_string())),
+            (Ok(_), Ok(secret)) if self.needs_restart(&config, &secret) => {
+                tracing::info!("the new configuration changes cluster, interface or port: leaving and coming back");
+                self.start_leaving(config, answer);
+            }
+            (Ok(settings), Ok(_)) => {
+                self.servers = node_settings::servers(&config);
+                self.host_name = settings.host_name.clone();
+                self.config = *config;
+                self.agent.handle_settings(settings, clock::now());
+                tracing::info!("the new configuration is in force");
+                respond(answer, Ok(()));
+            }
+        }
+    }
+
+    fn needs_restart(&self, config: &Config, secret: &ClusterSecret) -> bool {
+        let (now, new) = (&self.config, config);
+        *secret != self.secret
+            || now.cluster.id != new.cluster.id
+            || now.mesh.interface_name != new.mesh.interface_name
+            || now.mesh.listen_port != new.mesh.listen_port
+    }
+
+    fn start_leaving(&mut self, config: Box<Config>, answer: Option<Answer>) {
+        let leaving = self.leaving.get_or_insert_with(|| Leaving {
+            config,
+            give_up_at: clock::now() + LEAVE_LIMIT,
+            waiting: Vec::new(),
+        });
+        leaving.waiting.extend(answer);
+        self.agent.handle_leave(clock::now());
+    }
+
+    /// The host is clean: the threads and sockets go, then whoever waits is told.
+    fn leave(mut self) -> anyhow::Result<Ended> {
+        self.engine.stop();
+        if let Err(error) = self.state.store_frames(&[]) {
+            tracing::warn!("{error}");
+        }
+        tracing::info!("mesh is off; nothing of it is left on this host");
+        let Some(leaving) = self.leaving.take() else { return Ok(Ended::Terminated) };
+        drop(self);
+        for answer in leaving.waiting {
+            let _gone = answer.send(Ok(()));
+        }
+        Ok(Ended::Left(leaving.config))
+    }
+
+    fn status(&self) -> Status {
+        let view = self.agent.view(clock::now());
+        status::fill::running(&status::fill::Facts {
+            config: &self.config,
+            view: &view,
+            carriers: &self.carriers,
+            counters: &|key| self.engine.counters(key),
+            engine: &self.engine.stats(),
+            started_at_ms: self.started_at_ms,
+            is_ready: self.ready,
+            host_problem: self.host_problem.as_deref(),
+            host_name: self.host_name.as_str(),
+            is_state_dir_failing: self.store_failed,
+            now: clock::now(),
+        })
+    }
+}
+
+/// Tells whoever asked, and the log.
+fn respond(answer: Option<Answer>, result: Result<(), String>) {
+    if let Err(error) = &result {
+        tracing::warn!("the new configuration is not in force: {error}");
+    }
+    // The asker may have gone.
+    let _gone = answer.map(|answer| answer.send(result));
+}

@@ -1,0 +1,313 @@
+//! Carriers to a discovery server: QUIC and WebSocket over TLS, raced; the first that is up wins.
+//!
+//! QUIC goes first, TCP follows 200 ms later, and port 443 after the configured one, because many firewalls pass nothing
+//! else. A server is known by the pin of its public key: names and dates of certificates mean nothing here. Every socket
+//! carries the mark of our own traffic, so that the mesh's routes never catch it.
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use mesh_common::config::{DiscoveryServer, Pin};
+use mesh_common::limits::CONNECT_TIMEOUT;
+use quinn::Endpoint;
+use tokio::time::{Instant, sleep, timeout_at};
+
+mod marked;
+mod pinned;
+mod quic;
+mod websocket;
+
+/// The port that is tried after the configured one.
+const FALLBACK_PORT: u16 = 443;
+/// How long QUIC is alone.
+const TCP_DELAY: Duration = Duration::from_millis(200);
+/// How long the configured port is alone.
+const FALLBACK_DELAY: Duration = Duration::from_millis(400);
+/// Between two addresses of one name.
+const ADDRESS_DELAY: Duration = Duration::from_millis(100);
+const MAX_ADDRESSES: usize = 6;
+/// What QUIC still gets after every TCP attempt has failed: a server that is down refuses TCP and is silent on UDP.
+const QUIC_GRACE: Duration = Duration::from_secs(1);
+
+/// A server as configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerAddress {
+    /// A name or an address, without brackets.
+    pub host: String,
+    pub port: u16,
+    /// SHA-256 of the server's public key (SPKI).
+    pub pin: [u8; 32],
+}
+
+/// Opens carriers. Made once, inside a tokio runtime: it owns the UDP sockets of all QUIC sessions, and clones share them.
+#[derive(Debug, Clone)]
+pub struct Dialer {
+    v4: Option<Endpoint>,
+    v6: Option<Endpoint>,
+}
+
+/// A carrier that is up, its server known to hold the pinned key.
+#[derive(Debug)]
+pub struct Carrier {
+    pub kind: CarrierKind,
+    pub remote: SocketAddr,
+    /// The TLS exporter value that binds a Hello to this carrier.
+    pub exporter: [u8; 32],
+    pub sender: CarrierSender,
+    pub receiver: CarrierReceiver,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CarrierKind {
+    Quic,
+    WebSocket,
+}
+
+/// The sending half. Dropping both halves ends the carrier at once; [`CarrierSender::close`] delivers first.
+#[derive(Debug)]
+pub struct CarrierSender(Sending);
+
+/// The receiving half.
+#[derive(Debug)]
+pub struct CarrierReceiver(Receiving);
+
+#[derive(Debug)]
+enum Sending {
+    Quic(quic::Sender),
+    WebSocket(websocket::Sender),
+}
+
+#[derive(Debug)]
+enum Receiving {
+    Quic(quic::Receiver),
+    WebSocket(websocket::Receiver),
+}
+
+/// Why a carrier broke, for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct CarrierError(String);
+
+/// Why no carrier came up, for people. The words concern the configured port; the fallback never speaks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DialError {
+    #[error("the name {host} does not resolve ({reason}): check the endpoint in the configuration and this node's DNS")]
+    NameNotResolved { host: String, reason: String },
+    #[error("nothing answers at {endpoint} ({reason}): is the server running, is the port open for UDP and TCP?")]
+    NothingAnswers { endpoint: String, reason: String },
+    #[error(
+        "the server at {endpoint} has key {found}, the configuration expects {expected}: if the server was set up anew, \
+         put its new pin into the configuration; if not, somebody stands between"
+    )]
+    WrongPin { endpoint: String, found: String, expected: String },
+    #[error("{endpoint} does not speak TLS: is it a discovery server?")]
+    NotTls { endpoint: String },
+    #[error("{endpoint} answers but is not a discovery server ({reason}): check host and port")]
+    NotADiscoveryServer { endpoint: String, reason: String },
+    #[error("{endpoint} closes connections during the handshake: is it a discovery server, is it overloaded?")]
+    HungUp { endpoint: String },
+}
+
+/// Why one attempt failed, from the least telling to the most.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Failure {
+    /// No way there from this host, at least for this address.
+    Unreachable(String),
+    TimedOut,
+    Refused,
+    HungUp,
+    NotTls,
+    NotADiscoveryServer(String),
+    WrongPin([u8; 32]),
+}
+
+struct Attempt {
+    kind: CarrierKind,
+    to: SocketAddr,
+    after: Duration,
+}
+
+impl Dialer {
+    /// Opens the UDP sockets. A family that the host lacks is left out; none at all is an error.
+    pub fn new() -> io::Result<Self> {
+        let v4 = quic::endpoint(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let v6 = quic::endpoint(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        match (v4, v6) {
+            (Err(error), Err(_)) => Err(error),
+            (v4, v6) => Ok(Self { v4: v4.ok(), v6: v6.ok() }),
+        }
+    }
+
+    /// Opens a carrier, or says within 5 s why not. Dropping the future ends all attempts.
+    pub async fn dial(&self, server: &ServerAddress) -> Result<Carrier, DialError> {
+        let mut deadline = Instant::now() + CONNECT_TIMEOUT;
+        let addresses = match timeout_at(deadline, resolve(server)).await {
+            Ok(resolved) => resolved.map_err(|e| server.unresolved(e.to_string()))?,
+            Err(_) => return Err(server.unresolved("no answer in time".to_owned())),
+        };
+        if addresses.is_empty() {
+            return Err(server.unresolved("it has no address".to_owned()));
+        }
+        let plan = plan(&addresses, server.port);
+        let mut tcp_left = plan.iter().filter(|attempt| attempt.kind == CarrierKind::WebSocket).count();
+        let mut racing: FuturesUnordered<_> =
+            plan.into_iter().map(|attempt| async move { (self.run(&attempt, server).await, attempt) }).collect();
+        let mut told: Option<Failure> = None;
+        // Both ways out mean the same: nobody won.
+        while let Ok(Some((outcome, attempt))) = timeout_at(deadline, racing.next()).await {
+            let failure = match outcome {
+                Ok(carrier) => return Ok(carrier),
+                Err(failure) => failure,
+            };
+            tracing::debug!(kind = ?attempt.kind, to = %attempt.to, ?failure, "a carrier did not come up");
+            if attempt.to.port() == server.port {
+                told = told.max(Some(failure));
+            }
+            if attempt.kind == CarrierKind::WebSocket {
+                tcp_left -= 1;
+                if tcp_left == 0 {
+                    deadline = deadline.min(Instant::now() + QUIC_GRACE);
+                }
+            }
+        }
+        // Silence on UDP says nothing, TCP attempts that are still open do.
+        let silent = (tcp_left > 0).then_some(Failure::TimedOut);
+        Err(server.explain(told.max(silent).unwrap_or(Failure::TimedOut)))
+    }
+
+    async fn run(&self, attempt: &Attempt, server: &ServerAddress) -> Result<Carrier, Failure> {
+        sleep(attempt.after).await;
+        match attempt.kind {
+            CarrierKind::Quic => {
+                let endpoint = if attempt.to.is_ipv4() { &self.v4 } else { &self.v6 };
+                let endpoint =
+                    endpoint.as_ref().ok_or_else(|| Failure::Unreachable("no such address family here".to_owned()))?;
+                quic::dial(endpoint, attempt.to, server).await
+            }
+            CarrierKind::WebSocket => websocket::dial(attempt.to, server).await,
+        }
+    }
+}
+
+impl CarrierSender {
+    /// Hands one message to the carrier. Not cancel-safe: a cancelled send may leave half a message behind.
+    pub async fn send(&mut self, message: Bytes) -> Result<(), CarrierError> {
+        match &mut self.0 {
+            Sending::Quic(sender) => sender.send(message).await,
+            Sending::WebSocket(sender) => sender.send(message).await,
+        }
+    }
+
+    /// Delivers what was sent, for a second at most, and ends the carrier.
+    pub async fn close(self) {
+        match self.0 {
+            Sending::Quic(sender) => sender.close().await,
+            Sending::WebSocket(sender) => sender.close().await,
+        }
+    }
+}
+
+impl CarrierReceiver {
+    /// The next message; `None` when the server ended the carrier in order. Cancel-safe.
+    pub async fn next(&mut self) -> Option<Result<Bytes, CarrierError>> {
+        match &mut self.0 {
+            Receiving::Quic(receiver) => receiver.next().await,
+            Receiving::WebSocket(receiver) => receiver.next().await,
+        }
+    }
+}
+
+impl From<&DiscoveryServer> for ServerAddress {
+    fn from(configured: &DiscoveryServer) -> Self {
+        let endpoint = &configured.endpoint;
+        Self { host: endpoint.host().to_owned(), port: endpoint.port(), pin: configured.pin.0 }
+    }
+}
+
+impl fmt::Display for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "https://[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "https://{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl ServerAddress {
+    fn unresolved(&self, reason: String) -> DialError {
+        DialError::NameNotResolved { host: self.host.clone(), reason }
+    }
+
+    fn explain(&self, failure: Failure) -> DialError {
+        let endpoint = self.to_string();
+        match failure {
+            Failure::TimedOut => DialError::NothingAnswers { endpoint, reason: "no answer in time".to_owned() },
+            Failure::Refused => DialError::NothingAnswers { endpoint, reason: "connection refused".to_owned() },
+            Failure::Unreachable(reason) => DialError::NothingAnswers { endpoint, reason },
+            Failure::HungUp => DialError::HungUp { endpoint },
+            Failure::NotTls => DialError::NotTls { endpoint },
+            Failure::NotADiscoveryServer(reason) => DialError::NotADiscoveryServer { endpoint, reason },
+            Failure::WrongPin(found) => {
+                DialError::WrongPin { endpoint, found: Pin(found).to_string(), expected: Pin(self.pin).to_string() }
+            }
+        }
+    }
+}
+
+/// In the resolver's order of preference, the families taking turns.
+async fn resolve(server: &ServerAddress) -> io::Result<Vec<IpAddr>> {
+    if let Ok(ip) = server.host.parse() {
+        return Ok(vec![ip]);
+    }
+    let mut found: Vec<IpAddr> = Vec::new();
+    for address in tokio::net::lookup_host((server.host.as_str(), server.port)).await? {
+        if !found.contains(&address.ip()) {
+            found.push(address.ip());
+        }
+    }
+    Ok(interleave(found))
+}
+
+fn interleave(found: Vec<IpAddr>) -> Vec<IpAddr> {
+    let first_is_v6 = found.first().is_some_and(IpAddr::is_ipv6);
+    let (mut first, mut other): (Vec<_>, Vec<_>) = found.into_iter().partition(|ip| ip.is_ipv6() == first_is_v6);
+    let mut turns = Vec::new();
+    first.reverse();
+    other.reverse();
+    while turns.len() < MAX_ADDRESSES {
+        let before = turns.len();
+        turns.extend(first.pop());
+        turns.extend(other.pop());
+        if turns.len() == before {
+            break;
+        }
+    }
+    turns
+}
+
+fn plan(addresses: &[IpAddr], port: u16) -> Vec<Attempt> {
+    let mut plan = Vec::new();
+    let mut ports = vec![(port, Duration::ZERO)];
+    if port != FALLBACK_PORT {
+        ports.push((FALLBACK_PORT, FALLBACK_DELAY));
+    }
+    for (port, port_delay) in ports {
+        let mut after = port_delay;
+        for ip in addresses {
+            let to = SocketAddr::new(*ip, port);
+            plan.push(Attempt { kind: CarrierKind::Quic, to, after });
+            plan.push(Attempt { kind: CarrierKind::WebSocket, to, after: after + TCP_DELAY });
+            after += ADDRESS_DELAY;
+        }
+    }
+    plan
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,228 @@
+//! From what the machine and the data plane know to what a person reads.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use mesh_common::config::Config;
+use mesh_common::key::WgPublicKey;
+use mesh_common::time::Instant;
+use mesh_proto::device::PeerCounters;
+use mesh_proto::discovery::client::ClientState;
+use mesh_proto::mesh::agent::{PeerView, ServerView, View};
+use mesh_proto::mesh::members::ServerId;
+use mesh_proto::mesh::peer::Verdict;
+use mesh_proto::path::agent::PathState;
+
+use super::{
+    API_VERSION, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState, PrefixStatus, Problem,
+    ServerState, ServerStatus, Status,
+};
+use crate::dataplane::EngineStats;
+use crate::io::carriers::Carriers;
+use crate::io::session::CarrierKind;
+use crate::state::State;
+
+/// What the status of a running node is made of.
+pub struct Facts<'a> {
+    pub config: &'a Config,
+    pub view: &'a View,
+    pub carriers: &'a Carriers,
+    pub counters: &'a dyn Fn(&WgPublicKey) -> PeerCounters,
+    pub engine: &'a EngineStats,
+    pub host_name: &'a str,
+    pub started_at_ms: u64,
+    pub is_ready: bool,
+    pub host_problem: Option<&'a str>,
+    pub is_state_dir_failing: bool,
+    pub now: Instant,
+}
+
+pub fn running(facts: &Facts<'_>) -> Status {
+    let view = facts.view;
+    let problems = problems(facts);
+    let state = match (facts.is_ready, problems.is_empty()) {
+        (false, true) => NodeState::Starting,
+        (true, true) => NodeState::Running,
+        (_, false) => NodeState::Degraded,
+    };
+    let mut peers: Vec<PeerStatus> = view.peers.iter().map(|peer| peer_status(peer, facts)).collect();
+    peers.sort_by(|a, b| (a.kind as u8, &a.host_name, &a.node_id).cmp(&(b.kind as u8, &b.host_name, &b.node_id)));
+    Status {
+        api_version: API_VERSION.to_owned(),
+        node: NodeStatus {
+            id: view.node.to_string(),
+            host_name: facts.host_name.to_owned(),
+            public_key: view.wg_public.to_string(),
+            overlay_v4: view.overlay_v4,
+            overlay_v6: Some(view.overlay_v6),
+            state,
+            namespace: Some(view.namespace.to_string()),
+            problems,
+            ..node(facts.config, facts.started_at_ms)
+        },
+        servers: view
+            .servers
+            .iter()
+            .enumerate()
+            .map(|(place, server)| server_status(server, facts.carriers.kind(ServerId(place)), facts.now))
+            .collect(),
+        peers,
+        counters: counters(facts),
+    }
+}
+
+/// The mesh is off.
+pub fn disabled(config: &Config, state: &State, started_at_ms: u64) -> Status {
+    Status {
+        api_version: API_VERSION.to_owned(),
+        node: NodeStatus {
+            id: state.identity().node_id().to_string(),
+            public_key: state.wg().public().to_string(),
+            ..node(config, started_at_ms)
+        },
+        servers: Vec::new(),
+        peers: Vec::new(),
+        counters: BTreeMap::new(),
+    }
+}
+
+/// What the configuration says of a node.
+fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
+    NodeStatus {
+        id: String::new(),
+        host_name: config.mesh.host_name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        public_key: String::new(),
+        overlay_v4: None,
+        overlay_v6: None,
+        state: NodeState::Disabled,
+        cluster_id: config.cluster.id.as_ref().map(|id| id.as_str().to_owned()),
+        namespace: None,
+        interface: config.mesh.interface_name.as_str().to_owned(),
+        listen_port: config.mesh.listen_port,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        started_at_ms,
+        problems: Vec::new(),
+    }
+}
+
+fn problems(facts: &Facts<'_>) -> Vec<Problem> {
+    let view = facts.view;
+    let problem = |what: String, fix: &str| Problem { what, fix: fix.to_owned() };
+    let mut problems = Vec::new();
+    let is_connected = |server: &ServerView| matches!(server.state, ClientState::Syncing | ClientState::Live);
+    if facts.is_ready && !view.servers.is_empty() && !view.servers.iter().any(is_connected) {
+        let why = view.servers.iter().find_map(|server| server.detail.clone()).unwrap_or_default();
+        problems.push(problem(
+            format!("no discovery server is connected: {why}"),
+            "known peers keep working; new ones are found when a server is back",
+        ));
+    }
+    if view.clone_seen {
+        problems.push(problem(
+            "another agent runs with this node's identity".to_owned(),
+            "give every machine its own state directory: stop one agent, empty its state directory, start it",
+        ));
+    }
+    for (step, error) in &view.failed_steps {
+        problems.push(problem(format!("cannot {step}: {error}"), "the agent tries again by itself"));
+    }
+    for link in &view.rp_filter_denied {
+        problems.push(problem(
+            format!("strict reverse path filter on {link}: prefixes that hold a peer's endpoint are not routed"),
+            &format!("sysctl -w net.ipv4.conf.{link}.rp_filter=2"),
+        ));
+    }
+    if let Some(text) = facts.host_problem {
+        problems.push(problem(text.to_owned(), "the agent tries again by itself"));
+    }
+    if facts.is_state_dir_failing {
+        problems.push(problem(
+            "the state directory cannot be written".to_owned(),
+            "free space or make it writable; the node goes on from memory until it restarts",
+        ));
+    }
+    problems
+}
+
+fn server_status(server: &ServerView, carrier: Option<CarrierKind>, now: Instant) -> ServerStatus {
+    let (state, retry_in) = match server.state {
+        ClientState::Syncing | ClientState::Live => (ServerState::Connected, None),
+        ClientState::Dialing | ClientState::Proving => (ServerState::Connecting, None),
+        ClientState::Waiting { until } => (ServerState::Waiting, Some(until.since(now))),
+        ClientState::Stopped => (ServerState::Waiting, None),
+    };
+    let carrier = carrier.filter(|_| state == ServerState::Connected).map(|kind| match kind {
+        CarrierKind::Quic => Carrier::Quic,
+        CarrierKind::WebSocket => Carrier::WebSocket,
+    });
+    ServerStatus {
+        endpoint: format!("https://{}", server.name),
+        state,
+        carrier,
+        detail: server.detail.clone().unwrap_or_default(),
+        retry_in_ms: retry_in.map(millis),
+    }
+}
+
+fn peer_status(peer: &PeerView, facts: &Facts<'_>) -> PeerStatus {
+    let counters = (facts.counters)(&peer.key);
+    let ago = |at: Instant| millis(facts.now.since(at));
+    let (state, detail) = match peer.state {
+        Some(PathState::Idle) => (PeerState::Idle, String::new()),
+        Some(PathState::Connecting { .. }) => (PeerState::Connecting, "waiting for an answer".to_owned()),
+        Some(PathState::Up { .. }) => (PeerState::Up, String::new()),
+        Some(PathState::Down { since }) => {
+            let seconds = facts.now.since(since).as_secs();
+            (PeerState::Down, format!("none of {} endpoints answers for {seconds} s", peer.candidates.len()))
+        }
+        None if counters.last_handshake.is_some_and(|at| facts.now.since(at) < Duration::from_secs(180)) => {
+            (PeerState::Up, String::new())
+        }
+        None => (PeerState::Idle, String::new()),
+    };
+    PeerStatus {
+        node_id: peer.node.map(|node| node.to_string()),
+        host_name: peer.name.clone(),
+        kind: if peer.node.is_some() { PeerKind::Member } else { PeerKind::Static },
+        state,
+        public_key: peer.key.to_string(),
+        overlay_v4: peer.overlay_v4,
+        overlay_v6: peer.overlay_v6,
+        endpoint: peer.endpoint,
+        candidates: peer.candidates.clone(),
+        prefixes: peer.prefixes.iter().map(|(prefix, verdict)| prefix_status(*prefix, verdict)).collect(),
+        last_handshake_ms_ago: counters.last_handshake.map(ago),
+        rx_bytes: counters.rx_bytes,
+        tx_bytes: counters.tx_bytes,
+        seen_ms_ago: peer.last_evidence.map(ago),
+        detail,
+    }
+}
+
+fn prefix_status(prefix: ipnet::IpNet, verdict: &Verdict) -> PrefixStatus {
+    let (state, detail) = match verdict {
+        Verdict::Routed => (PrefixState::Routed, String::new()),
+        Verdict::LocalOverlap { subnet, link } => {
+            (PrefixState::LocalOverlap, format!("this node reaches {subnet} on {link} without the mesh"))
+        }
+        Verdict::OwnedBy(node) => (PrefixState::OwnedByOther, format!("node {} announced it first", node.short())),
+        Verdict::Refused(refusal) => (PrefixState::Refused, refusal.to_string()),
+        Verdict::OverlaySpace => (PrefixState::Refused, "it lies in the overlay's own addresses".to_owned()),
+        Verdict::RpFilter { link } => {
+            (PrefixState::Refused, format!("set net.ipv4.conf.{link}.rp_filter = 2 on this node"))
+        }
+    };
+    PrefixStatus { prefix, state, detail }
+}
+
+/// Names are stable: `drop_*` for packets, `record_refused_*` for records.
+fn counters(facts: &Facts<'_>) -> BTreeMap<String, u64> {
+    let drops = facts.engine.drops.iter().map(|(name, count)| (format!("drop_{name}"), *count));
+    let refused = facts.view.rejected.iter().map(|(why, count)| (format!("record_refused: {why}"), *count));
+    let malformed = ("session_messages_malformed".to_owned(), facts.view.malformed);
+    drops.chain(refused).chain([malformed]).collect()
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,401 @@
+//! What really crosses a link: a packet socket that counts frames and looks for markers and mesh addresses in clear.
+//!
+//! Invariant: a marker is registered before it can be sent ([`Watch::marker`] makes and registers it in one step), and
+//! [`Capture::stop`] drains the socket, so that "never seen" means never on the wire; frames that the kernel had to drop
+//! from the socket are counted, and a verdict with drops is no verdict.
+#![allow(unsafe_code)]
+
+use std::{
+    collections::BTreeMap,
+    io::{self, ErrorKind, Read},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsRawFd,
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow};
+use ipnet::IpNet;
+use memchr::memmem;
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+
+use crate::host::Host;
+
+/// Room for a whole super-packet with its link header.
+const FRAME: usize = 80 * 1024;
+/// Frames wait here while the capture thread does not run; two cores are shared with the whole lab.
+const SOCKET_BUFFER: usize = 64 << 20;
+
+/// A byte string that is sent through the mesh and must not be seen on a wire.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marker {
+    label: String,
+    bytes: Vec<u8>,
+}
+
+impl Marker {
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// What several captures look for together. Clones share the list.
+#[derive(Debug, Clone, Default)]
+pub struct Watch(Arc<RwLock<WatchList>>);
+
+#[derive(Debug, Default)]
+struct WatchList {
+    markers: Vec<(Marker, memmem::Finder<'static>)>,
+    prefixes: Vec<IpNet>,
+}
+
+impl Watch {
+    /// Makes an unguessable marker and looks for it from now on.
+    pub fn marker(&self, label: &str) -> Result<Marker> {
+        let mut random = [0; 12];
+        getrandom::fill(&mut random).map_err(|error| anyhow!("no randomness: {error}"))?;
+        let bytes = format!(
+            "<marker {label} {}>",
+            data_encoding::HEXLOWER.encode(&random)
+        )
+        .into_bytes();
+        let marker = Marker {
+            label: label.to_owned(),
+            bytes,
+        };
+        let finder = memmem::Finder::new(&marker.bytes).into_owned();
+        self.0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .markers
+            .push((marker.clone(), finder));
+        Ok(marker)
+    }
+
+    /// Counts frames whose IP source or destination lies in `prefix` as leaks from now on.
+    pub fn leaks_of(&self, prefix: IpNet) {
+        self.0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .prefixes
+            .push(prefix);
+    }
+}
+
+/// What one capture has seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub packets: u64,
+    /// UDP datagrams with the shape of a WireGuard message: type 1 to 4, three zero bytes.
+    pub wireguard: u64,
+    /// Frames per marker label.
+    pub markers: BTreeMap<String, u64>,
+    /// Frames from or to a watched prefix, outside any tunnel.
+    pub leaks: u64,
+    /// The first of them, in words.
+    pub first_leak: Option<String>,
+    /// Frames that this capture missed.
+    pub missed: u64,
+}
+
+impl Counts {
+    pub fn of(&self, marker: &Marker) -> u64 {
+        self.markers.get(&marker.label).copied().unwrap_or_default()
+    }
+}
+
+/// A running capture of one link.
+#[derive(Debug)]
+pub struct Capture {
+    name: String,
+    stop: Arc<AtomicBool>,
+    counts: Arc<Mutex<Counts>>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Capture {
+    /// Captures both directions of `link`; when this returns, every later frame is seen.
+    pub fn start(host: &Host, link: &str, watch: &Watch) -> Result<Self> {
+        let name = format!("{}:{link}", host.name());
+        let socket = host
+            .inside(|| open(link))
+            .with_context(|| format!("cannot capture {name}"))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let counts = Arc::new(Mutex::new(Counts::default()));
+        let thread = host.start_inside({
+            let (stop, counts, watch) = (Arc::clone(&stop), Arc::clone(&counts), watch.clone());
+            move || listen(&socket, &stop, &counts, &watch)
+        })?;
+        Ok(Self {
+            name,
+            stop,
+            counts,
+            thread: Some(thread),
+        })
+    }
+
+    /// `host:link`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What was seen so far.
+    pub fn counts(&self) -> Counts {
+        self.counts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Reads what already arrived, ends, and gives the verdict.
+    pub fn stop(mut self) -> Result<Counts> {
+        self.join()?;
+        Ok(self.counts())
+    }
+
+    fn join(&mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        match self.thread.take() {
+            Some(thread) => thread
+                .join()
+                .map_err(|_| anyhow!("the capture of {} panicked", self.name))?,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        let _ = self.join();
+    }
+}
+
+fn open(link: &str) -> Result<Socket> {
+    let index =
+        nix::net::if_::if_nametoindex(link).with_context(|| format!("there is no link {link}"))?;
+    // Protocol 0 receives nothing until bind names the link: no frame of another link gets in.
+    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
+    nix::sys::socket::setsockopt(
+        &socket,
+        nix::sys::socket::sockopt::RcvBufForce,
+        &SOCKET_BUFFER,
+    )
+    .or_else(|_| {
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBuf, &SOCKET_BUFFER)
+    })?;
+    socket.set_read_timeout(Some(Duration::from_millis(20)))?;
+    socket.bind(&link_address(index))?;
+    Ok(socket)
+}
+
+fn link_address(index: u32) -> SockAddr {
+    let mut storage = SockAddrStorage::zeroed();
+    // SAFETY: sockaddr_ll is plain data, smaller than the storage, and all zeros is a valid value of it.
+    let address = unsafe { storage.view_as::<libc::sockaddr_ll>() };
+    address.sll_family = libc::AF_PACKET as libc::sa_family_t;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = index.cast_signed();
+    // SAFETY: the storage was filled as a sockaddr_ll above, and this is its length.
+    unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) }
+}
+
+fn listen(socket: &Socket, stop: &AtomicBool, counts: &Mutex<Counts>, watch: &Watch) -> Result<()> {
+    let mut frame = vec![0; FRAME];
+    let mut reader = socket;
+    let mut draining = false;
+    loop {
+        let stopping = draining || stop.load(Ordering::Relaxed);
+        if stopping && !draining {
+            socket.set_nonblocking(true)?;
+            draining = true;
+        }
+        match reader.read(&mut frame) {
+            Ok(length) => {
+                let seen = inspect(
+                    &frame[..length],
+                    &watch.0.read().unwrap_or_else(PoisonError::into_inner),
+                );
+                counts
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .add(seen);
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                counts.lock().unwrap_or_else(PoisonError::into_inner).missed += missed(socket)?;
+                if stopping {
+                    return Ok(());
+                }
+            }
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::Interrupted | ErrorKind::NetworkDown
+                ) => {}
+            Err(error) => return Err(error).context("cannot read frames"),
+        }
+    }
+}
+
+/// Frames dropped from the socket since the last call: the kernel resets the counter as it is read.
+fn missed(socket: &Socket) -> io::Result<u64> {
+    let mut stats = libc::tpacket_stats {
+        tp_packets: 0,
+        tp_drops: 0,
+    };
+    let mut length = size_of::<libc::tpacket_stats>() as libc::socklen_t;
+    // SAFETY: the pointers are to live values of the type and length that PACKET_STATISTICS writes.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            (&raw mut stats).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(stats.tp_drops.into())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    wireguard: bool,
+    markers: Vec<String>,
+    leak: Option<String>,
+}
+
+impl Counts {
+    fn add(&mut self, seen: Seen) {
+        self.packets += 1;
+        self.wireguard += u64::from(seen.wireguard);
+        for label in seen.markers {
+            *self.markers.entry(label).or_default() += 1;
+        }
+        if let Some(leak) = seen.leak {
+            self.leaks += 1;
+            self.first_leak.get_or_insert(leak);
+        }
+    }
+}
+
+fn inspect(frame: &[u8], list: &WatchList) -> Seen {
+    let mut seen = Seen {
+        markers: list
+            .markers
+            .iter()
+            .filter(|(_, finder)| finder.find(frame).is_some())
+            .map(|(marker, _)| marker.label.clone())
+            .collect(),
+        ..Seen::default()
+    };
+    if let Some(ip) = IpHeader::of_ethernet(frame) {
+        seen.wireguard = ip.protocol == 17
+            && ip
+                .payload
+                .get(8..12)
+                .is_some_and(|head| (1..=4).contains(&head[0]) && head[1..] == [0, 0, 0]);
+        if list
+            .prefixes
+            .iter()
+            .any(|prefix| prefix.contains(&ip.source) || prefix.contains(&ip.destination))
+        {
+            seen.leak = Some(format!(
+                "{} -> {} protocol {}",
+                ip.source, ip.destination, ip.protocol
+            ));
+        }
+    }
+    seen
+}
+
+struct IpHeader<'a> {
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    payload: &'a [u8],
+}
+
+impl<'a> IpHeader<'a> {
+    /// Extension headers of IPv6 are not followed: neither WireGuard nor the lab's traffic has any.
+    fn of_ethernet(frame: &'a [u8]) -> Option<Self> {
+        let packet = frame.get(14..)?;
+        match u16::from_be_bytes([frame[12], frame[13]]) {
+            0x0800 => {
+                let header = usize::from(packet.first()? & 0x0f) * 4;
+                Some(Self {
+                    source: Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(12..16)?).ok()?).into(),
+                    destination: Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(16..20)?).ok()?)
+                        .into(),
+                    protocol: packet[9],
+                    payload: packet.get(header..)?,
+                })
+            }
+            0x86dd => Some(Self {
+                source: Ipv6Addr::from(<[u8; 16]>::try_from(packet.get(8..24)?).ok()?).into(),
+                destination: Ipv6Addr::from(<[u8; 16]>::try_from(packet.get(24..40)?).ok()?).into(),
+                protocol: packet[6],
+                payload: packet.get(40..)?,
+            }),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn udp_frame(payload: &[u8]) -> Vec<u8> {
+        let mut frame = vec![0; 12];
+        frame.extend([0x08, 0x00, 0x45]);
+        frame.extend([0; 8]);
+        frame.push(17);
+        frame.extend([0, 0, 10, 0, 1, 2, 10, 244, 2, 11]);
+        frame.extend([0; 8]);
+        frame.extend(payload);
+        frame
+    }
+
+    #[test]
+    fn wireguard_is_told_from_other_udp() {
+        let list = WatchList::default();
+        assert!(inspect(&udp_frame(&[4, 0, 0, 0, 9]), &list).wireguard);
+        assert!(!inspect(&udp_frame(&[5, 0, 0, 0, 9]), &list).wireguard);
+        assert!(!inspect(&udp_frame(&[4, 0, 1, 0, 9]), &list).wireguard);
+    }
+
+    #[test]
+    fn a_marker_and_a_watched_prefix_are_found() {
+        let watch = Watch::default();
+        let marker = watch.marker("hello").unwrap();
+        watch.leaks_of("10.244.2.0/24".parse().unwrap());
+        let list = watch.0.read().unwrap();
+        let seen = inspect(&udp_frame(marker.bytes()), &list);
+        assert_eq!(seen.markers, ["hello"]);
+        assert_eq!(seen.leak.unwrap(), "10.0.1.2 -> 10.244.2.11 protocol 17");
+    }
+
+    #[test]
+    fn cut_frames_are_only_counted() {
+        let list = WatchList::default();
+        let whole = udp_frame(&[4, 0, 0, 0]);
+        for length in 0..whole.len() {
+            assert!(
+                !inspect(&whole[..length], &list).wireguard,
+                "cut at {length}"
+            );
+        }
+    }
+}

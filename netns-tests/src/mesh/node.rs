@@ -1,0 +1,272 @@
+//! One node under test: its host, its pods, its agent, and the agent's command line.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+use serde::Deserialize;
+
+use crate::{
+    Host, Snapshot,
+    binaries::Binaries,
+    mesh::{
+        Pod,
+        config::{NodeConfig, write_private},
+    },
+    process::{self, Answer, Process},
+};
+
+const WIREGUARD_PORT: u16 = 51872;
+const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// The places of an installed agent; one in the lab is told to use others and must leave these alone.
+pub(crate) const INSTALLED: [&str; 3] = ["/etc/meshspan", "/run/meshspan", "/var/lib/meshspan"];
+
+/// A node and its agent.
+#[derive(Debug)]
+pub struct Node {
+    pub host: Host,
+    pub pods: Vec<Pod>,
+    /// The node's own address on its site.
+    pub address: IpAddr,
+    /// Written by [`Node::write_config`].
+    pub config: NodeConfig,
+    /// Set when the mesh has formed.
+    pub overlay: Option<(Ipv4Addr, Ipv6Addr)>,
+    program: PathBuf,
+    dir: PathBuf,
+    process: Option<Process>,
+}
+
+/// What the lab reads of `status -o json`. Verdicts come from packets; this only tells addresses and when to look.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Status {
+    pub node: StatusNode,
+    #[serde(default)]
+    pub peers: Vec<StatusPeer>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct StatusNode {
+    pub id: String,
+    pub state: String,
+    pub overlay_v4: Option<Ipv4Addr>,
+    pub overlay_v6: Option<Ipv6Addr>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct StatusPeer {
+    pub host_name: String,
+    pub state: String,
+    pub overlay_v4: Option<Ipv4Addr>,
+    pub overlay_v6: Option<Ipv6Addr>,
+}
+
+impl Node {
+    pub(crate) fn new(
+        binaries: &Binaries,
+        host: Host,
+        dir: &Path,
+        address: IpAddr,
+        secret: &str,
+    ) -> Result<Self> {
+        for part in ["etc", "run", "log"] {
+            fs::create_dir_all(dir.join(part))?;
+        }
+        let secret_file = dir.join("etc/cluster.secret");
+        write_private(&secret_file, secret)?;
+        let config = NodeConfig {
+            enabled: true,
+            host_name: host.name().to_owned(),
+            listen_port: WIREGUARD_PORT,
+            pod_cidrs: Vec::new(),
+            cluster_id: "demo".to_owned(),
+            secret_file,
+            discovery: Vec::new(),
+            more_mesh: Vec::new(),
+        };
+        Ok(Self {
+            host,
+            pods: Vec::new(),
+            address,
+            config,
+            overlay: None,
+            program: binaries.agent.clone(),
+            dir: dir.to_owned(),
+            process: None,
+        })
+    }
+
+    pub fn name(&self) -> &str {
+        self.host.name()
+    }
+
+    pub fn config_path(&self) -> PathBuf {
+        self.dir.join("etc/config.yaml")
+    }
+
+    pub fn socket_path(&self) -> PathBuf {
+        self.dir.join("run/agent.sock")
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    pub fn overlay_v4(&self) -> Result<IpAddr> {
+        self.overlay
+            .map(|(v4, _)| v4.into())
+            .with_context(|| format!("{} has no overlay address yet", self.name()))
+    }
+
+    pub fn overlay_v6(&self) -> Result<IpAddr> {
+        self.overlay
+            .map(|(_, v6)| v6.into())
+            .with_context(|| format!("{} has no overlay address yet", self.name()))
+    }
+
+    pub fn write_config(&self) -> Result<()> {
+        write_private(&self.config_path(), &self.config.to_yaml())
+    }
+
+    /// Executes `mesh-agent run`; does not wait for it to be ready.
+    pub fn start(&mut self) -> Result<()> {
+        let mut command = Command::new(&self.program);
+        command
+            .arg("run")
+            .arg("--config")
+            .arg(self.config_path())
+            .arg("--state-dir")
+            .arg(self.state_dir())
+            .arg("--socket")
+            .arg(self.socket_path());
+        self.process = Some(Process::start(
+            &self.host,
+            command,
+            &self.dir.join("log/agent"),
+        )?);
+        Ok(())
+    }
+
+    /// Ends the agent as a crash would.
+    pub fn crash(&mut self) -> Result<()> {
+        self.process
+            .take()
+            .map_or(Ok(()), |mut process| process.crash())
+    }
+
+    /// SIGTERM, then waits for the end.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.take().map_or(Ok(()), |mut process| {
+            process.terminate(STOP_WITHIN).map(drop)
+        })
+    }
+
+    /// Has the agent read its config again.
+    pub fn reload(&self) -> Result<()> {
+        self.process
+            .as_ref()
+            .with_context(|| format!("the agent of {} does not run", self.name()))?
+            .signal(Signal::SIGHUP)
+    }
+
+    /// Writes the one boolean and reloads.
+    pub fn set_enabled(&mut self, enabled: bool) -> Result<()> {
+        self.config.enabled = enabled;
+        self.write_config()?;
+        self.reload()
+    }
+
+    pub fn check_running(&mut self) -> Result<()> {
+        self.process
+            .as_mut()
+            .with_context(|| format!("the agent of {} was not started", self.host.name()))?
+            .check_running()
+    }
+
+    /// Runs a command of the agent's CLI with `--config` or `--socket` as it takes them.
+    pub fn cli(&self, args: &[&str]) -> Result<Answer> {
+        let args: Vec<&OsStr> = args.iter().map(OsStr::new).collect();
+        process::run(&self.host, &self.program, &args, &self.dir.join("log"))
+            .with_context(|| format!("mesh-agent {:?}", args[0]))
+    }
+
+    pub fn status(&self) -> Result<Status> {
+        let answer = self.cli(&[
+            "status",
+            "--socket",
+            &self.socket_path().to_string_lossy(),
+            "-o",
+            "json",
+        ])?;
+        serde_json::from_str(&answer.stdout).with_context(|| {
+            format!(
+                "status ended with {}: {}{}",
+                answer.status,
+                answer.stdout.trim(),
+                answer.stderr.trim()
+            )
+        })
+    }
+
+    /// What a person sees.
+    pub fn status_table(&self) -> Result<String> {
+        Ok(self
+            .cli(&[
+                "status",
+                "--socket",
+                &self.socket_path().to_string_lossy(),
+                "-o",
+                "table",
+            ])?
+            .stdout)
+    }
+
+    pub fn down(&self) -> Result<()> {
+        self.cli(&[
+            "down",
+            "--config",
+            &self.config_path().to_string_lossy(),
+            "--socket",
+            &self.socket_path().to_string_lossy(),
+        ])?
+        .success()
+        .context("mesh-agent down")
+        .map(drop)
+    }
+
+    pub fn cleanup(&self) -> Result<()> {
+        self.cli(&["cleanup", "--config", &self.config_path().to_string_lossy()])?
+            .success()
+            .context("mesh-agent cleanup")
+            .map(drop)
+    }
+
+    /// A dump of the host and of every file an agent may touch but its state directory, which stays by design: it holds
+    /// the node's identity.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let mut roots = vec![self.dir.join("etc"), self.dir.join("run")];
+        roots.extend(INSTALLED.map(PathBuf::from));
+        Snapshot::take(&self.host, &roots)
+    }
+
+    /// Adds the end of the agent's log to an error.
+    pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
+        match &self.process {
+            Some(process) => process
+                .explain(result)
+                .with_context(|| format!("on {}", self.name())),
+            None => result,
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The discovery server under test.
+
+use std::{
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::Result;
+
+use crate::{Host, binaries::Binaries, mesh::config::ServerAddress, process::Process, wait};
+
+const SESSION_PORT: u16 = 7443;
+const STUN_PORT: u16 = 3478;
+const HTTP_PORT: u16 = 9080;
+const START_WITHIN: Duration = Duration::from_secs(10);
+const STOP_WITHIN: Duration = Duration::from_secs(10);
+
+/// One server; it keeps its state directory, so that a restart has the same pin.
+#[derive(Debug)]
+pub struct Server {
+    pub host: Host,
+    pub address: IpAddr,
+    program: PathBuf,
+    dir: PathBuf,
+    ttl: Option<Duration>,
+    starts: u32,
+    process: Option<Process>,
+}
+
+impl Server {
+    pub(crate) fn new(
+        binaries: &Binaries,
+        host: Host,
+        dir: &Path,
+        address: IpAddr,
+        ttl: Option<Duration>,
+    ) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        Ok(Self {
+            host,
+            address,
+            program: binaries.server.clone(),
+            dir: dir.to_owned(),
+            ttl,
+            starts: 0,
+            process: None,
+        })
+    }
+
+    /// Starts the server and waits until it has said where it is.
+    pub fn start(&mut self) -> Result<ServerAddress> {
+        let mut command = Command::new(&self.program);
+        for (flag, port) in [
+            ("--listen", SESSION_PORT),
+            ("--stun", STUN_PORT),
+            ("--http", HTTP_PORT),
+        ] {
+            command.arg(flag).arg(format!("{}:{port}", self.address));
+        }
+        command.arg("--state-dir").arg(self.dir.join("state"));
+        if let Some(ttl) = self.ttl {
+            command.arg("--ttl").arg(format!("{}s", ttl.as_secs()));
+        }
+        // Output of its own for each start: an old endpoint must not be read as the new one.
+        self.starts += 1;
+        let mut process = Process::start(
+            &self.host,
+            command,
+            &self.dir.join(format!("log-{}", self.starts)),
+        )?;
+        let said = wait::until_or_dead(
+            "the discovery server to print its endpoint and pin",
+            START_WITHIN,
+            &mut process,
+            Process::check_running,
+            |process| {
+                let said = process.stdout()?;
+                let value = |key: &str| {
+                    said.lines()
+                        .find_map(|line| line.strip_prefix(key))
+                        .map(str::to_owned)
+                };
+                Ok(value("endpoint=")
+                    .zip(value("pin="))
+                    .map(|(endpoint, pin)| ServerAddress { endpoint, pin }))
+            },
+        );
+        let (address, _) = process.explain(said)?;
+        self.process = Some(process);
+        Ok(address)
+    }
+
+    /// Ends it as a crash would.
+    pub fn crash(&mut self) -> Result<()> {
+        self.process
+            .take()
+            .map_or(Ok(()), |mut process| process.crash())
+    }
+
+    /// Asks it to end and waits.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.take().map_or(Ok(()), |mut process| {
+            process.terminate(STOP_WITHIN).map(drop)
+        })
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
+    }
+
+    pub fn ttl(&self) -> Option<Duration> {
+        self.ttl
+    }
+
+    /// Its state directory stays by design; it must leave nothing at the places for installed ones.
+    pub(crate) fn roots(&self) -> Vec<PathBuf> {
+        super::node::INSTALLED.map(PathBuf::from).to_vec()
+    }
+}

@@ -1,0 +1,106 @@
+//! What must hold for any bytes: one body per decoder, for `proto/fuzz` and for the replay of its corpus in `cargo test`.
+//!
+//! A body panics when a decoder breaks its promise; a decoder that panics by itself is found the same way. Each body takes
+//! any input and needs no setup. A new decoder gets a body here, a line in [`TARGETS`], a target in `proto/fuzz` and a corpus.
+
+use bytes::Bytes;
+use mesh_common::key::{ClusterKeys, ClusterSecret};
+
+use crate::sealed;
+use crate::wire::demux::{self, Datagram};
+use crate::wire::frame::Frame;
+use crate::wire::record::{DecodeRecordError, Record};
+use crate::wire::session::{ClientMessage, DecodeError, Deframer, ServerMessage, enframe};
+use crate::wire::stun;
+
+/// A body by the name of its target and corpus directory.
+pub type Target = (&'static str, fn(&[u8]));
+
+pub const TARGETS: [Target; 6] = [
+    ("frame", frame),
+    ("record", record),
+    ("client_message", client_message),
+    ("server_message", server_message),
+    ("deframer", deframer),
+    ("datagram", datagram),
+];
+
+/// A frame is kept byte for byte, and one that opens was signed by the node it names.
+pub fn frame(data: &[u8]) {
+    let Ok(frame) = Frame::parse(Bytes::copy_from_slice(data)) else { return };
+    assert_eq!(frame.as_bytes(), data);
+    let (kind, namespace, node, seq) = (frame.kind(), frame.namespace(), frame.node(), frame.seq());
+    let opened = sealed::open(&keys(), "fuzz", &frame);
+    if opened.is_ok() {
+        assert!(frame.verify() && namespace == keys().namespace, "{kind:?} {node} {seq}");
+    }
+}
+
+/// Bytes that decode encode to themselves.
+pub fn record(data: &[u8]) {
+    match Record::decode(data) {
+        Ok(record) => assert_eq!(record.encode().as_deref(), Ok(data)),
+        Err(DecodeRecordError::Malformed | DecodeRecordError::UnknownExtension(_)) => {}
+    }
+}
+
+/// Bytes that decode encode to themselves.
+pub fn client_message(data: &[u8]) {
+    match ClientMessage::decode(data) {
+        Ok(message) => assert_eq!(message.encode(), data),
+        Err(DecodeError::UnknownType(kind)) => assert_eq!(data.first(), Some(&kind)),
+        Err(DecodeError::Malformed) => {}
+    }
+}
+
+/// Bytes that decode encode to themselves.
+pub fn server_message(data: &[u8]) {
+    match ServerMessage::decode(data) {
+        Ok(message) => assert_eq!(message.encode(), data),
+        Err(DecodeError::UnknownType(kind)) => assert_eq!(data.first(), Some(&kind)),
+        Err(DecodeError::Malformed) => {}
+    }
+}
+
+/// The first byte is the size of the pieces. Messages put together again are the stream, and pieces change nothing.
+pub fn deframer(data: &[u8]) {
+    let Some((piece, stream)) = data.split_first() else { return };
+    let in_pieces = messages(stream.chunks(usize::from(*piece).max(1)));
+    let whole = messages(std::iter::once(stream));
+    assert_eq!(in_pieces, whole);
+    let again: Vec<u8> = whole.iter().flat_map(|message| enframe(message).to_vec()).collect();
+    assert!(stream.starts_with(&again));
+}
+
+/// Demux and STUN: an answer is never longer than its request and is read back by a client.
+pub fn datagram(data: &[u8]) {
+    let class = demux::classify(data);
+    assert_eq!(matches!(class, Datagram::Stun), stun::is_stun(data) && data.first() != Some(&demux::PROBE));
+    for source in [([192, 0, 2, 1], 7).into(), ([0x20; 16], 7).into()] {
+        if let Some(answer) = stun::answer(data, source) {
+            assert!(class == Datagram::Stun && answer.bytes.len() <= data.len());
+            assert_eq!(stun::parse_response(&answer.bytes).map(|response| response.mapped), Ok(source));
+        }
+    }
+    if stun::parse_response(data).is_ok() {
+        assert!(stun::is_stun(data));
+    }
+}
+
+/// All messages until the stream ends or breaks.
+fn messages<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Bytes> {
+    let mut deframer = Deframer::default();
+    let mut messages = Vec::new();
+    for piece in pieces {
+        deframer.push(piece);
+        while let Ok(Some(message)) = deframer.next_message() {
+            messages.push(message);
+        }
+    }
+    messages
+}
+
+/// The cluster that the corpus was sealed in: the secret is public by design.
+fn keys() -> ClusterKeys {
+    ClusterSecret::from_bytes(*b"a secret for fuzzing, not secret").derive()
+}
