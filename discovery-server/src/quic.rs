@@ -13,6 +13,7 @@ use mesh_common::limits::{HELLO_TIMEOUT, MAX_MESSAGE, SESSION_IDLE, SESSION_KEEP
 use mesh_proto::wire::session::{Deframer, EXPORTER_LABEL, enframe};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, EndpointConfig, Incoming, RecvStream, SendStream, TransportConfig, VarInt};
+use ring::hmac;
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -29,13 +30,20 @@ const INCOMING_BUFFER: u64 = 16 * 1024;
 const MAX_INCOMING: usize = 1024;
 
 /// Opens the endpoint on a bound socket.
-pub(crate) fn endpoint(socket: UdpSocket, tls: rustls::ServerConfig) -> anyhow::Result<Endpoint> {
+///
+/// `reset_seed` is the same after a restart: a client of the former process then learns at its next packet that its
+/// connection is gone, instead of waiting until it times out (RFC 9000, 10.3).
+pub(crate) fn endpoint(
+    socket: UdpSocket,
+    tls: rustls::ServerConfig,
+    reset_seed: &[u8; 32],
+) -> anyhow::Result<Endpoint> {
     let crypto = QuicServerConfig::try_from(tls).context("the TLS provider lacks QUIC's initial cipher")?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config.transport_config(Arc::new(transport()?));
     config.max_incoming(MAX_INCOMING).incoming_buffer_size(INCOMING_BUFFER);
     config.migration(true);
-    let mut shared = EndpointConfig::default();
+    let mut shared = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_seed)));
     // Agents may one day share their port with other protocols: the fixed bit stays fixed.
     shared.grease_quic_bit(false);
     Endpoint::new(shared, Some(config), socket, Arc::new(quinn::TokioRuntime))

@@ -71,7 +71,7 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
     let gate = Arc::new(Gate::default());
     let counters = Arc::new(StunCounters::default());
     let health = Arc::new(Health::new(hub.clone(), gate.clone(), counters.clone()));
-    let endpoint = quic::endpoint(pair.udp, tls.quic()?)?;
+    let endpoint = quic::endpoint(pair.udp, tls.quic()?, &tls.reset_seed())?;
     let listener = tokio::net::TcpListener::from_std(pair.tcp).context("cannot serve the TCP port")?;
     let acceptor = TlsAcceptor::from(Arc::new(tls.https()?));
 

@@ -96,6 +96,12 @@ impl Identity {
         self.pin
     }
 
+    /// A secret of this key for QUIC's stateless resets.
+    pub(crate) fn reset_seed(&self) -> [u8; 32] {
+        let hash = Sha256::new().chain_update(b"meshspan/v1 quic reset").chain_update(self.key.secret_der());
+        hash.finalize().into()
+    }
+
     /// TLS for the TCP port: HTTP/1.1 inside.
     pub(crate) fn https(&self) -> Result<rustls::ServerConfig, IdentityError> {
         self.config(b"http/1.1")

@@ -4,6 +4,7 @@
 //! bytes, carries out steps and reports facts. Nothing here ends the loop but a signal or the machine itself; what fails on
 //! the host is reported to the machine and shown in `status`.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,6 +70,12 @@ pub struct Node<'a> {
     host_problem: Option<String>,
     /// The last picture of the host.
     observed: Observed,
+}
+
+impl fmt::Debug for Node<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("node", &self.agent.node_id()).finish_non_exhaustive()
+    }
 }
 
 /// A departure under way, and who waits for it.

@@ -23,6 +23,7 @@ use crate::io::session::CarrierKind;
 use crate::state::State;
 
 /// What the status of a running node is made of.
+#[expect(missing_debug_implementations, reason = "it holds a closure and lives for one call")]
 pub struct Facts<'a> {
     pub config: &'a Config,
     pub view: &'a View,

@@ -632,12 +632,14 @@ impl Agent {
     }
 
     fn finish_leaving(&mut self, now: Instant) {
-        let Some(leaving) = self.leaving.filter(|leaving| !leaving.stopped) else {
-            return;
-        };
-        if !leaving.said {
-            self.leaving = Some(Leaving { said: true, ..leaving });
+        let Some(leaving) = self.leaving.as_mut().filter(|leaving| !leaving.stopped) else { return };
+        if leaving.give_up_at.is_some_and(|at| now >= at) {
+            leaving.give_up_at = None;
+        }
+        let is_farewell_due = leaving.give_up_at.is_some();
+        if !std::mem::replace(&mut leaving.said, true) {
             self.reserve_seq(now);
+            return;
         }
         let is_farewell_done = !is_farewell_due || self.publisher.is_stored_by(&self.connected());
         let is_clean = !self.applying && self.retry_at.is_none() && self.due.is_none();
