@@ -27,7 +27,8 @@ pub struct Kernel {
     pub routes: BTreeSet<Route>,
     pub rules: BTreeSet<Family>,
     pub underlay: Vec<UnderlayLink>,
-    loosened: BTreeSet<String>,
+    /// With the value before.
+    loosened: BTreeMap<String, u8>,
     pub mss_clamp: MssClamp,
     /// rp_filter may not be written here.
     pub rp_filter_read_only: bool,
@@ -80,12 +81,12 @@ impl Kernel {
                 if self.rp_filter_read_only {
                     return Err(StepError { text: "rp_filter is read-only here".into(), not_permitted: true });
                 }
-                self.set_rp_filter(link, 2);
-                self.loosened.insert(link.clone());
+                let before = self.set_rp_filter(link, 2);
+                self.loosened.entry(link.clone()).or_insert(before);
             }
             Action::RestoreRpFilter { link } => {
-                if self.loosened.remove(link) {
-                    self.set_rp_filter(link, 1);
+                if let Some(before) = self.loosened.remove(link) {
+                    self.set_rp_filter(link, before);
                 }
             }
             Action::SetMssClamp => self.mss_clamp = MssClamp::Present,
@@ -124,7 +125,7 @@ impl Kernel {
             routes: self.routes.clone(),
             rules: self.rules.clone(),
             underlay: self.underlay.clone(),
-            loosened: self.loosened.clone(),
+            loosened: self.loosened.keys().cloned().collect(),
             mss_clamp: self.mss_clamp,
         }
     }
@@ -154,11 +155,10 @@ impl Kernel {
         }
     }
 
-    fn set_rp_filter(&mut self, name: &str, value: u8) {
+    /// Gives the value before.
+    fn set_rp_filter(&mut self, name: &str, value: u8) -> u8 {
         let link = self.underlay.iter_mut().find(|link| link.name == name);
-        if let Some(link) = link {
-            link.rp_filter = value;
-        }
+        link.map_or(0, |link| std::mem::replace(&mut link.rp_filter, value))
     }
 }
 

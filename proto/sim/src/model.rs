@@ -68,6 +68,7 @@ pub struct Model {
     /// Damage from outside may leak until then.
     excused: Vec<Instant>,
     ever_left: BTreeSet<usize>,
+    leaving: BTreeSet<usize>,
     /// Who had an answer of whom by which road since [`Self::count_from`].
     answered: BTreeSet<(usize, usize, Road)>,
     count_from: Instant,
@@ -115,6 +116,9 @@ impl Model {
 
     /// The host carried out all steps while these hosts were members for it.
     pub fn note_applied(&mut self, at: usize, members: &BTreeSet<usize>) {
+        if self.leaving.contains(&at) {
+            return;
+        }
         let staying = members.iter().copied().filter(|member| !self.ever_left.contains(member));
         self.guarded[at].extend(staying);
     }
@@ -122,10 +126,15 @@ impl Model {
     /// The host says farewell: its prefixes may be anybody's.
     pub fn note_leaving(&mut self, host: usize) {
         self.ever_left.insert(host);
+        self.leaving.insert(host);
         self.guarded[host].clear();
         for guarded in &mut self.guarded {
             guarded.remove(&host);
         }
+    }
+
+    pub fn note_started(&mut self, host: usize) {
+        self.leaving.remove(&host);
     }
 
     pub fn excuse_leaks(&mut self, at: usize, until: Instant) {
@@ -164,7 +173,7 @@ impl Model {
 
     pub fn break_rule(&mut self, now: Instant, violation: Violation) {
         // One run with a broken rule breaks it often.
-        if self.violations.len() < 100 {
+        if self.violations.len() < 100 || matches!(violation, Violation::NotConverged(_)) {
             self.violations.push((now, violation));
         }
     }

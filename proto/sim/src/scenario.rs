@@ -5,11 +5,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
+use mesh_common::config::EndpointFilter;
 use mesh_common::host_name::HostName;
 use mesh_common::key::{ClusterSecret, SignKey, WgSecret};
 use mesh_common::limits::{LINK_MTU, LISTEN_PORT};
 use mesh_proto::device::UnderlayLink;
-use mesh_proto::mesh::settings::{EndpointFilter, ServerSettings, Settings};
+use mesh_proto::mesh::settings::{ServerSettings, Settings};
 use mesh_proto::random::SplitMix64;
 
 use crate::host::{HostPlan, Sabotage};

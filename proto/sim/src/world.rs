@@ -178,6 +178,7 @@ impl World {
         match event {
             Event::Start(host) => {
                 if self.hosts[host].agent.is_none() {
+                    self.model.note_started(host);
                     self.hosts[host].start(now);
                     self.touch(host);
                 }
