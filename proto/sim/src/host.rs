@@ -87,11 +87,15 @@ pub struct Host {
     pub agent: Option<Agent>,
     /// Which start of the agent this is: what was meant for an older one is void.
     pub run: u32,
+    node: NodeId,
+    key: WgPublicKey,
+    overlay_v6: Ipv6Addr,
     random: SplitMix64,
 }
 
 impl Host {
     pub fn new(plan: HostPlan) -> Self {
+        let node = plan.identity.node_id();
         let mut engine = Engine::new(plan.wg.public(), plan.seed);
         engine.delivers_foreign_sources = plan.sabotage == Some(Sabotage::DeliversForeignSources);
         Self {
@@ -101,20 +105,23 @@ impl Host {
             agent: None,
             run: 0,
             random: SplitMix64::new(plan.seed ^ 0x5eed),
+            node,
+            key: plan.wg.public(),
+            overlay_v6: addr::overlay_v6(&plan.settings.cluster_id, &node),
             plan,
         }
     }
 
     pub fn node(&self) -> NodeId {
-        self.plan.identity.node_id()
+        self.node
     }
 
     pub fn key(&self) -> WgPublicKey {
-        self.plan.wg.public()
+        self.key
     }
 
     pub fn overlay_v6(&self) -> Ipv6Addr {
-        addr::overlay_v6(&self.plan.settings.cluster_id, &self.node())
+        self.overlay_v6
     }
 
     pub fn overlay_v4(&self) -> Option<Ipv4Addr> {

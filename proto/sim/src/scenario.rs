@@ -121,7 +121,12 @@ impl Scenario {
                 _ => random.between(Duration::ZERO, Duration::from_secs(2)),
             })
             .collect();
-        let faults = faults(agents, servers, &mut random);
+        let mut faults = faults(agents, servers, &mut random);
+        if options.sabotage.is_some() {
+            // The broken host gets its chance to show it.
+            let restart = Fault::AgentRestart { host: 0, lasts: Duration::from_secs(1) };
+            faults.push((Duration::from_secs(34), restart));
+        }
         let end = |(at, fault): &(Duration, Fault)| *at + fault.lasts();
         let last_fault = faults.iter().map(end).max().unwrap_or_default();
         Self {

@@ -100,3 +100,9 @@ fn a_host_without_the_floor_is_seen() {
     let broken = broken_by(Sabotage::OmitsFloor);
     assert!(broken.iter().any(|violation| matches!(violation, Violation::Leak { at: 0, .. })));
 }
+
+#[test]
+fn a_host_that_forgets_what_it_saw_is_rolled_back_and_seen() {
+    let broken = broken_by(Sabotage::ForgetsMarks);
+    assert!(broken.iter().any(|violation| matches!(violation, Violation::Rollback { at: 0, .. })));
+}
