@@ -249,7 +249,7 @@ fn no_error_shows_a_secret_wherever_it_was_put() {
             format!("cluster: {{ scret: {secret} }}"),
             format!("cluster: {{ id: \"a {secret}\" }}"),
             format!("discovery: [ {secret} ]"),
-            format!("{secret}"),
+            secret.to_string(),
             format!("mesh: {{ mtu: {secret} }}"),
             format!("? {secret}\n: 1"),
             format!("cluster: {{ secret: {secret}, id: &a }} }}"),

@@ -206,7 +206,7 @@ fn bytes(count: u64) -> String {
         return format!("{count} B");
     }
     let power = usize::try_from(count.ilog2() / 10).unwrap_or(1).min(UNITS.len());
-    let tenths = u128::from(count) * 10 >> (10 * power);
+    let tenths = (u128::from(count) * 10) >> (10 * power);
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[power - 1])
 }
 

@@ -146,11 +146,8 @@ impl Members {
     pub fn set_listing(&mut self, server: ServerId, listed: &BTreeSet<NodeId>) -> bool {
         let mut changed = false;
         for (node, member) in &mut self.members {
-            changed |= if listed.contains(node) {
-                member.listed_by.insert(server)
-            } else {
-                member.listed_by.remove(&server)
-            };
+            changed |=
+                if listed.contains(node) { member.listed_by.insert(server) } else { member.listed_by.remove(&server) };
         }
         changed
     }

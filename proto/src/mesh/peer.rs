@@ -86,8 +86,7 @@ impl Surroundings<'_> {
             overlay_space: self.overlay_space(),
             own_addresses: self.underlay.iter().flat_map(|link| link.addresses.iter().map(IpNet::addr)).collect(),
         };
-        let mut peers: Vec<_> =
-            self.members.iter().map(|(node, member)| self.peer(*node, member, &shared)).collect();
+        let mut peers: Vec<_> = self.members.iter().map(|(node, member)| self.peer(*node, member, &shared)).collect();
         self.refuse_captured_endpoints(&mut peers);
         peers
     }
