@@ -184,6 +184,7 @@ fn step_error(text: &str) -> StepError {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -117,6 +117,7 @@ pub fn source(bytes: &[u8]) -> Option<IpAddr> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

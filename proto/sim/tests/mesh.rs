@@ -1,4 +1,6 @@
 //! The simulated mesh over many seeds. `MESHSPAN_SEED=N` runs one of them.
+// A run has one thread and no environment; the test that starts many of them has both.
+#![allow(clippy::unwrap_used, clippy::disallowed_types, clippy::disallowed_methods)]
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

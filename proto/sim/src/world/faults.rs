@@ -70,10 +70,8 @@ impl World {
     pub(super) fn end_fault(&mut self, index: usize) {
         let now = self.clock.now();
         match self.faults[index].1.clone() {
-            Fault::ServerDown { server, .. } => {
-                if self.servers[server].machine.is_none() {
-                    self.servers[server].start();
-                }
+            Fault::ServerDown { server, .. } if self.servers[server].machine.is_none() => {
+                self.servers[server].start();
             }
             Fault::Island { .. } => {
                 self.links.heal(index as u64);
