@@ -82,8 +82,7 @@ impl Inputs<'_> {
         for prefix in prefixes.iter().copied() {
             // Linux's reverse path filter, strict or loose, drops what comes from an address whose route is `unreachable`:
             // a peer that is down could never answer from inside such a prefix. So that one keeps its device route.
-            let holds_endpoint = || endpoints.iter().any(|addr| prefix.contains(addr));
-            let down = is_peer_down && (self.settings.allow_down_peer_bypass || !holds_endpoint());
+            let down = is_peer_down && (self.settings.allow_down_peer_bypass || !holds_any(&prefix, endpoints));
             if !self.settings.allow_down_peer_bypass {
                 routes.insert(Route { prefix, kind: RouteKind::Unreachable });
             } else if down {
@@ -117,8 +116,7 @@ impl Inputs<'_> {
     /// Answers of a peer whose endpoint lies inside a mesh prefix come in by the underlay, while the route back is the mesh.
     fn loose_rp_filter(&self) -> BTreeSet<String> {
         let endpoints = self.endpoints_v4();
-        let holds_endpoint = |prefix: &IpNet| endpoints.iter().any(|addr| prefix.contains(addr));
-        if !self.peers.iter().any(|peer| peer.routed().iter().any(holds_endpoint)) {
+        if !self.peers.iter().any(|peer| peer.routed().iter().any(|prefix| holds_any(prefix, &endpoints))) {
             return BTreeSet::new();
         }
         self.underlay
@@ -129,4 +127,8 @@ impl Inputs<'_> {
             .filter(|link| !self.rp_filter_denied.contains(link))
             .collect()
     }
+}
+
+fn holds_any(prefix: &IpNet, addrs: &BTreeSet<IpAddr>) -> bool {
+    addrs.range(prefix.network()..=prefix.broadcast()).next().is_some()
 }
