@@ -10,8 +10,8 @@ use crate::clock;
 use crate::eventloop::{Ended, Node};
 use crate::http;
 use crate::services::{Services, Wish, read_config};
-use crate::state::State;
 use crate::settings::RunOptions;
+use crate::state::State;
 use crate::status;
 
 /// Runs the agent until a signal ends it.

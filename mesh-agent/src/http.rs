@@ -35,7 +35,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 type Labels = Vec<(&'static str, String)>;
 
 pub async fn bind(addr: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(addr).await.with_context(|| format!("cannot listen on {addr} for metrics and health (agent.http)"))
+    TcpListener::bind(addr)
+        .await
+        .with_context(|| format!("cannot listen on {addr} for metrics and health (agent.http)"))
 }
 
 pub async fn serve(listener: TcpListener, agent: ApiHandle) {
@@ -74,7 +76,9 @@ async fn answer(request: Request<Incoming>, agent: ApiHandle) -> Result<Response
     };
     Ok(match path {
         "/livez" => text(StatusCode::OK, "ok\n"),
-        "/readyz" if matches!(status.node.state, NodeState::Running | NodeState::Disabled) => text(StatusCode::OK, "ok\n"),
+        "/readyz" if matches!(status.node.state, NodeState::Running | NodeState::Disabled) => {
+            text(StatusCode::OK, "ok\n")
+        }
         "/readyz" => {
             let problems: String = status.node.problems.iter().map(|problem| format!("{}\n", problem.what)).collect();
             text(StatusCode::SERVICE_UNAVAILABLE, problems)

@@ -20,7 +20,10 @@ pub type Answer = oneshot::Sender<Result<(), String>>;
 pub enum Wish {
     Terminate,
     /// A new configuration that is valid by itself.
-    Reload { config: Box<Config>, answer: Option<Answer> },
+    Reload {
+        config: Box<Config>,
+        answer: Option<Answer>,
+    },
     Api(ApiRequest),
 }
 

@@ -45,16 +45,11 @@ impl Binaries {
     }
 
     fn in_dir(dir: &Path) -> Result<Self> {
-        let dir = dir
-            .canonicalize()
-            .with_context(|| format!("{BIN_DIR} names {}, which cannot be read", dir.display()))?;
+        let dir =
+            dir.canonicalize().with_context(|| format!("{BIN_DIR} names {}, which cannot be read", dir.display()))?;
         let [agent, server] = PROGRAMS.map(|name| dir.join(name));
         for program in [&agent, &server] {
-            ensure!(
-                program.is_file(),
-                "{BIN_DIR} holds no {}; unset it to have the programs built",
-                program.display()
-            );
+            ensure!(program.is_file(), "{BIN_DIR} holds no {}; unset it to have the programs built", program.display());
         }
         Ok(Self { agent, server })
     }
@@ -64,14 +59,7 @@ fn build() -> Result<Binaries> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
     let mut command = Command::new(&cargo);
-    command
-        .args([
-            "build",
-            "--locked",
-            "--message-format=json-render-diagnostics",
-            "--manifest-path",
-        ])
-        .arg(&manifest);
+    command.args(["build", "--locked", "--message-format=json-render-diagnostics", "--manifest-path"]).arg(&manifest);
     for program in PROGRAMS {
         command.args(["--package", program, "--bin", program]);
     }
@@ -96,33 +84,16 @@ fn build() -> Result<Binaries> {
     eprintln!(
         "building {} ({} profile)",
         PROGRAMS.join(" and "),
-        if cfg!(debug_assertions) {
-            "dev"
-        } else {
-            "release"
-        }
+        if cfg!(debug_assertions) { "dev" } else { "release" }
     );
-    let output = command
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| {
-            format!(
-                "cannot run {}; set {BIN_DIR} to a directory with the programs",
-                cargo.to_string_lossy()
-            )
-        })?;
+    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().with_context(|| {
+        format!("cannot run {}; set {BIN_DIR} to a directory with the programs", cargo.to_string_lossy())
+    })?;
     if !output.status.success() {
-        bail!(
-            "the build of {} failed; its messages are above",
-            PROGRAMS.join(" and ")
-        );
+        bail!("the build of {} failed; its messages are above", PROGRAMS.join(" and "));
     }
     let [agent, server] = PROGRAMS.map(|name| executable(&output.stdout, name));
-    Ok(Binaries {
-        agent: agent?,
-        server: server?,
-    })
+    Ok(Binaries { agent: agent?, server: server? })
 }
 
 /// Where cargo says it put the program: right for every profile, target and target directory.
@@ -143,10 +114,7 @@ fn own_target_dir() -> Option<PathBuf> {
         profile = profile.parent()?;
     }
     let target = profile.parent()?;
-    target
-        .join("CACHEDIR.TAG")
-        .exists()
-        .then(|| target.to_owned())
+    target.join("CACHEDIR.TAG").exists().then(|| target.to_owned())
 }
 
 #[cfg(test)]
@@ -156,30 +124,16 @@ mod tests {
 
     #[test]
     fn the_program_is_where_cargo_says() {
-        let messages =
-            br#"{"reason":"compiler-artifact","target":{"name":"mesh-agent"},"executable":null}
+        let messages = br#"{"reason":"compiler-artifact","target":{"name":"mesh-agent"},"executable":null}
 {"reason":"compiler-artifact","target":{"name":"mesh-agent"},"executable":"/t/debug/mesh-agent"}
 {"reason":"build-finished","success":true}"#;
-        assert_eq!(
-            executable(messages, "mesh-agent").unwrap(),
-            Path::new("/t/debug/mesh-agent")
-        );
-        assert!(
-            executable(messages, "discovery-server")
-                .unwrap_err()
-                .to_string()
-                .contains("discovery-server")
-        );
+        assert_eq!(executable(messages, "mesh-agent").unwrap(), Path::new("/t/debug/mesh-agent"));
+        assert!(executable(messages, "discovery-server").unwrap_err().to_string().contains("discovery-server"));
     }
 
     #[test]
     fn a_directory_without_the_programs_is_refused_by_name() {
         let empty = tempfile::tempdir().unwrap();
-        assert!(
-            Binaries::in_dir(empty.path())
-                .unwrap_err()
-                .to_string()
-                .contains("mesh-agent")
-        );
+        assert!(Binaries::in_dir(empty.path()).unwrap_err().to_string().contains("mesh-agent"));
     }
 }

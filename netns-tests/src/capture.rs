@@ -62,31 +62,16 @@ impl Watch {
     pub fn marker(&self, label: &str) -> Result<Marker> {
         let mut random = [0; 12];
         getrandom::fill(&mut random).map_err(|error| anyhow!("no randomness: {error}"))?;
-        let bytes = format!(
-            "<marker {label} {}>",
-            data_encoding::HEXLOWER.encode(&random)
-        )
-        .into_bytes();
-        let marker = Marker {
-            label: label.to_owned(),
-            bytes,
-        };
+        let bytes = format!("<marker {label} {}>", data_encoding::HEXLOWER.encode(&random)).into_bytes();
+        let marker = Marker { label: label.to_owned(), bytes };
         let finder = memmem::Finder::new(&marker.bytes).into_owned();
-        self.0
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .markers
-            .push((marker.clone(), finder));
+        self.0.write().unwrap_or_else(PoisonError::into_inner).markers.push((marker.clone(), finder));
         Ok(marker)
     }
 
     /// Counts frames whose IP source or destination lies in `prefix` as leaks from now on.
     pub fn leaks_of(&self, prefix: IpNet) {
-        self.0
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .prefixes
-            .push(prefix);
+        self.0.write().unwrap_or_else(PoisonError::into_inner).prefixes.push(prefix);
     }
 }
 
@@ -125,21 +110,14 @@ impl Capture {
     /// Captures both directions of `link`; when this returns, every later frame is seen.
     pub fn start(host: &Host, link: &str, watch: &Watch) -> Result<Self> {
         let name = format!("{}:{link}", host.name());
-        let socket = host
-            .inside(|| open(link))
-            .with_context(|| format!("cannot capture {name}"))?;
+        let socket = host.inside(|| open(link)).with_context(|| format!("cannot capture {name}"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let counts = Arc::new(Mutex::new(Counts::default()));
         let thread = host.start_inside({
             let (stop, counts, watch) = (Arc::clone(&stop), Arc::clone(&counts), watch.clone());
             move || listen(&socket, &stop, &counts, &watch)
         })?;
-        Ok(Self {
-            name,
-            stop,
-            counts,
-            thread: Some(thread),
-        })
+        Ok(Self { name, stop, counts, thread: Some(thread) })
     }
 
     /// `host:link`.
@@ -149,10 +127,7 @@ impl Capture {
 
     /// What was seen so far.
     pub fn counts(&self) -> Counts {
-        self.counts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Reads what already arrived, ends, and gives the verdict.
@@ -164,9 +139,7 @@ impl Capture {
     fn join(&mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         match self.thread.take() {
-            Some(thread) => thread
-                .join()
-                .map_err(|_| anyhow!("the capture of {} panicked", self.name))?,
+            Some(thread) => thread.join().map_err(|_| anyhow!("the capture of {} panicked", self.name))?,
             None => Ok(()),
         }
     }
@@ -179,18 +152,11 @@ impl Drop for Capture {
 }
 
 fn open(link: &str) -> Result<Socket> {
-    let index =
-        nix::net::if_::if_nametoindex(link).with_context(|| format!("there is no link {link}"))?;
+    let index = nix::net::if_::if_nametoindex(link).with_context(|| format!("there is no link {link}"))?;
     // Protocol 0 receives nothing until bind names the link: no frame of another link gets in.
     let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
-    nix::sys::socket::setsockopt(
-        &socket,
-        nix::sys::socket::sockopt::RcvBufForce,
-        &SOCKET_BUFFER,
-    )
-    .or_else(|_| {
-        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBuf, &SOCKET_BUFFER)
-    })?;
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &SOCKET_BUFFER)
+        .or_else(|_| nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBuf, &SOCKET_BUFFER))?;
     socket.set_read_timeout(Some(Duration::from_millis(20)))?;
     socket.bind(&link_address(index))?;
     Ok(socket)
@@ -219,14 +185,8 @@ fn listen(socket: &Socket, stop: &AtomicBool, counts: &Mutex<Counts>, watch: &Wa
         }
         match reader.read(&mut frame) {
             Ok(length) => {
-                let seen = inspect(
-                    &frame[..length],
-                    &watch.0.read().unwrap_or_else(PoisonError::into_inner),
-                );
-                counts
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .add(seen);
+                let seen = inspect(&frame[..length], &watch.0.read().unwrap_or_else(PoisonError::into_inner));
+                counts.lock().unwrap_or_else(PoisonError::into_inner).add(seen);
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 counts.lock().unwrap_or_else(PoisonError::into_inner).missed += missed(socket)?;
@@ -234,11 +194,7 @@ fn listen(socket: &Socket, stop: &AtomicBool, counts: &Mutex<Counts>, watch: &Wa
                     return Ok(());
                 }
             }
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::Interrupted | ErrorKind::NetworkDown
-                ) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::NetworkDown) => {}
             Err(error) => return Err(error).context("cannot read frames"),
         }
     }
@@ -246,10 +202,7 @@ fn listen(socket: &Socket, stop: &AtomicBool, counts: &Mutex<Counts>, watch: &Wa
 
 /// Frames dropped from the socket since the last call: the kernel resets the counter as it is read.
 fn missed(socket: &Socket) -> io::Result<u64> {
-    let mut stats = libc::tpacket_stats {
-        tp_packets: 0,
-        tp_drops: 0,
-    };
+    let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
     let mut length = size_of::<libc::tpacket_stats>() as libc::socklen_t;
     // SAFETY: the pointers are to live values of the type and length that PACKET_STATISTICS writes.
     let result = unsafe {
@@ -261,11 +214,7 @@ fn missed(socket: &Socket) -> io::Result<u64> {
             &raw mut length,
         )
     };
-    if result == 0 {
-        Ok(stats.tp_drops.into())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(stats.tp_drops.into()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[derive(Default)]
@@ -301,19 +250,9 @@ fn inspect(frame: &[u8], list: &WatchList) -> Seen {
     };
     if let Some(ip) = IpHeader::of_ethernet(frame) {
         seen.wireguard = ip.protocol == 17
-            && ip
-                .payload
-                .get(8..12)
-                .is_some_and(|head| (1..=4).contains(&head[0]) && head[1..] == [0, 0, 0]);
-        if list
-            .prefixes
-            .iter()
-            .any(|prefix| prefix.contains(&ip.source) || prefix.contains(&ip.destination))
-        {
-            seen.leak = Some(format!(
-                "{} -> {} protocol {}",
-                ip.source, ip.destination, ip.protocol
-            ));
+            && ip.payload.get(8..12).is_some_and(|head| (1..=4).contains(&head[0]) && head[1..] == [0, 0, 0]);
+        if list.prefixes.iter().any(|prefix| prefix.contains(&ip.source) || prefix.contains(&ip.destination)) {
+            seen.leak = Some(format!("{} -> {} protocol {}", ip.source, ip.destination, ip.protocol));
         }
     }
     seen
@@ -335,8 +274,7 @@ impl<'a> IpHeader<'a> {
                 let header = usize::from(packet.first()? & 0x0f) * 4;
                 Some(Self {
                     source: Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(12..16)?).ok()?).into(),
-                    destination: Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(16..20)?).ok()?)
-                        .into(),
+                    destination: Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(16..20)?).ok()?).into(),
                     protocol: packet[9],
                     payload: packet.get(header..)?,
                 })
@@ -392,10 +330,7 @@ mod tests {
         let list = WatchList::default();
         let whole = udp_frame(&[4, 0, 0, 0]);
         for length in 0..whole.len() {
-            assert!(
-                !inspect(&whole[..length], &list).wireguard,
-                "cut at {length}"
-            );
+            assert!(!inspect(&whole[..length], &list).wireguard, "cut at {length}");
         }
     }
 }

@@ -30,11 +30,7 @@ pub struct Options {
 
 /// Runs the tour. Never fails by itself: what went wrong is in the report. With `keep` the mesh stays, and is given back.
 pub fn run(binaries: &Binaries, options: Options) -> (Report, Option<Mesh>) {
-    let mut tour = Tour {
-        options,
-        start: Instant::now(),
-        report: Report::default(),
-    };
+    let mut tour = Tour { options, start: Instant::now(), report: Report::default() };
     let mesh = match tour.prepare(binaries) {
         Ok((mut mesh, fresh)) => {
             tour.walk(&mut mesh, &fresh);
@@ -42,8 +38,7 @@ pub fn run(binaries: &Binaries, options: Options) -> (Report, Option<Mesh>) {
         }
         Err(error) => {
             tour.say(&format!("The mesh did not start: {error:#}"));
-            tour.report
-                .all_failed(&format!("the mesh did not start: {error:#}"));
+            tour.report.all_failed(&format!("the mesh did not start: {error:#}"));
             None
         }
     };
@@ -80,46 +75,25 @@ struct Tour {
 impl Tour {
     fn prepare(&mut self, binaries: &Binaries) -> Result<(Mesh, cold_start::FreshState)> {
         self.say("Building a small internet out of network namespaces: one server site and three node sites, routed.");
-        let options = MeshOptions {
-            ttl: Some(TTL),
-            rp_filter: self.options.rp_filter,
-            ..MeshOptions::default()
-        };
+        let options = MeshOptions { ttl: Some(TTL), rp_filter: self.options.rp_filter, ..MeshOptions::default() };
         let mut mesh = Mesh::build(binaries, &options)?;
         for node in &mesh.nodes {
             let pods: Vec<_> = node.pods.iter().map(|pod| pod.v4.to_string()).collect();
-            self.say(&format!(
-                "  {} at {} with pods {}",
-                node.name(),
-                node.address,
-                pods.join(" and ")
-            ));
+            self.say(&format!("  {} at {} with pods {}", node.name(), node.address, pods.join(" and ")));
         }
         mesh.send_controls("start")?;
         mesh.take_baseline()?;
         let last = mesh.nodes.len() - 1;
-        self.say(&format!(
-            "Letting {} make its identity while the server is off.",
-            mesh.nodes[last].name()
-        ));
+        self.say(&format!("Letting {} make its identity while the server is off.", mesh.nodes[last].name()));
         let fresh = cold_start::make_identity(&mut mesh, last)?;
-        self.say(
-            "Starting the discovery server. It never sees a key, a name or an address in clear.",
-        );
+        self.say("Starting the discovery server. It never sees a key, a name or an address in clear.");
         mesh.start_server()?;
-        let server = mesh.nodes[0]
-            .config
-            .discovery
-            .first()
-            .context("the server has no address")?;
+        let server = mesh.nodes[0].config.discovery.first().context("the server has no address")?;
         self.say(&format!("  {}  {}", server.endpoint, server.pin));
         self.say("Starting three agents whose configs say `mesh: enabled: true`, nothing about each other.");
         mesh.start_nodes()?;
         let took = mesh.wait_until_formed()?;
-        self.say(&format!(
-            "  every node knows every other after {} ms",
-            took.as_millis()
-        ));
+        self.say(&format!("  every node knows every other after {} ms", took.as_millis()));
         Ok((mesh, fresh))
     }
 
@@ -131,18 +105,14 @@ impl Tour {
         self.check("pod-to-node", || carry::pod_to_node(mesh));
         self.check("tcp-transfer", || carry::tcp_transfer(mesh, TRANSFER, 1));
         self.say("Deleting what n1's agent made, as a careless script would: its link, a route, its rules.");
-        self.check("link-deleted-restored", || {
-            faults::link_deleted_restored(mesh)
-        });
+        self.check("link-deleted-restored", || faults::link_deleted_restored(mesh));
         self.say(&format!(
             "Killing the server and sending 200 packets a second on each of three paths for {} s.",
             2 * TTL.as_secs()
         ));
         self.check("server-killed-mesh-lives", || faults::server_killed(mesh));
         self.say("Killing n2's agent while there is still no server, and starting it again.");
-        self.check("agent-restart-without-server", || {
-            faults::agent_restart_without_server(mesh)
-        });
+        self.check("agent-restart-without-server", || faults::agent_restart_without_server(mesh));
         self.say("Starting the server again: same key, same pin.");
         if let Err(error) = mesh.start_server() {
             self.say(&format!("  it did not start: {error:#}"));
@@ -156,10 +126,7 @@ impl Tour {
         ));
         match cold_start::cold_starts(mesh, fresh, self.options.cold_starts) {
             Ok(times) => {
-                self.say(&format!(
-                    "  p50 {} ms, p95 {} ms, max {} ms",
-                    times.p50, times.p95, times.max
-                ));
+                self.say(&format!("  p50 {} ms, p95 {} ms, max {} ms", times.p50, times.p95, times.max));
                 self.report.cold_start_ms = Some(times);
             }
             Err(error) => self.say(&format!("  failed: {error:#}")),
@@ -167,9 +134,7 @@ impl Tour {
         self.say("Looking at what crossed the wires all along.");
         self.check("no-cleartext-on-wire", || carry::no_cleartext(mesh));
         self.say("What a user of n1 sees (`mesh-agent status`):");
-        let table = mesh.nodes[0]
-            .status_table()
-            .unwrap_or_else(|error| format!("{error:#}"));
+        let table = mesh.nodes[0].status_table().unwrap_or_else(|error| format!("{error:#}"));
         self.print(&table);
         if self.options.keep {
             self.say("Keeping the mesh, so nothing-left-behind is not judged.");
@@ -183,27 +148,16 @@ impl Tour {
         let start = Instant::now();
         let verdict = judge();
         let check = self.report.add(name, start.elapsed(), verdict);
-        let line = format!(
-            "  {} {name}: {}",
-            if check.ok { "ok  " } else { "FAIL" },
-            check.detail
-        );
+        let line = format!("  {} {name}: {}", if check.ok { "ok  " } else { "FAIL" }, check.detail);
         self.say(&line);
     }
 
     fn say(&self, text: &str) {
-        self.print(&format!(
-            "{:>6.1} s  {text}",
-            self.start.elapsed().as_secs_f64()
-        ));
+        self.print(&format!("{:>6.1} s  {text}", self.start.elapsed().as_secs_f64()));
     }
 
     /// Human output; a closed pipe must not end the run before it has cleaned up.
     fn print(&self, text: &str) {
-        let _ = if self.options.json {
-            writeln!(io::stderr(), "{text}")
-        } else {
-            writeln!(io::stdout(), "{text}")
-        };
+        let _ = if self.options.json { writeln!(io::stderr(), "{text}") } else { writeln!(io::stdout(), "{text}") };
     }
 }

@@ -45,12 +45,7 @@ impl Host {
         .join()
         .map_err(|_| anyhow!("the thread that makes the namespace of {name} panicked"))??;
         let inode = netns.metadata()?.ino();
-        Ok(Self {
-            name: name.to_owned(),
-            netns: Arc::new(netns.into()),
-            inode,
-            nursery,
-        })
+        Ok(Self { name: name.to_owned(), netns: Arc::new(netns.into()), inode, nursery })
     }
 
     pub fn name(&self) -> &str {
@@ -96,11 +91,7 @@ impl Host {
         let name = self.name.clone();
         thread::Builder::new()
             .name(format!("in-{name}"))
-            .spawn(move || {
-                enter(netns.as_fd())
-                    .and_then(|()| work())
-                    .with_context(|| format!("on host {name}"))
-            })
+            .spawn(move || enter(netns.as_fd()).and_then(|()| work()).with_context(|| format!("on host {name}")))
             .context("cannot start a thread")
     }
 
@@ -119,8 +110,7 @@ impl Host {
     pub fn set_sysctl(&self, key: &str, value: &str) -> Result<()> {
         let path = Path::new("/proc/sys/net").join(key);
         self.inside(|| {
-            std::fs::write(&path, value)
-                .with_context(|| format!("cannot write {value} to {}", path.display()))
+            std::fs::write(&path, value).with_context(|| format!("cannot write {value} to {}", path.display()))
         })
     }
 }

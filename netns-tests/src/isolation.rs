@@ -49,9 +49,7 @@ impl Unavailable {
             }
             Self::NoIpv6 => "boot without ipv6.disable=1",
             Self::NoLinkKind(..) => "modprobe -a veth bridge",
-            Self::NoTun(_) => {
-                "modprobe tun; mkdir -p /dev/net; mknod /dev/net/tun c 10 200; chmod 0666 /dev/net/tun"
-            }
+            Self::NoTun(_) => "modprobe tun; mkdir -p /dev/net; mknod /dev/net/tun c 10 200; chmod 0666 /dev/net/tun",
         }
     }
 }
@@ -96,10 +94,7 @@ pub fn enter_or_skip_with(name: &str, env: &[(&str, PathBuf)]) -> Entry {
 
 /// Prints the skip line for a test, or panics under `MESHSPAN_STRICT=1`.
 pub fn skip(name: &str, why: &str, help: &str) -> Entry {
-    assert!(
-        std::env::var_os(STRICT).is_none_or(|value| value != "1"),
-        "{name} cannot run here: {why}; {help}"
-    );
+    assert!(std::env::var_os(STRICT).is_none_or(|value| value != "1"), "{name} cannot run here: {why}; {help}");
     // Past libtest's capture, which would hide the line of a passing test.
     let _ = writeln!(io::stderr(), "SKIPPED {name}: {help} ({why})");
     Entry::Handled
@@ -172,9 +167,7 @@ fn run_test_copy(name: &str, env: &[(&str, PathBuf)]) -> Result<bool> {
         .envs(env.iter().map(|(key, value)| (key, value)));
     // SAFETY: after fork the child has one thread; `enter` makes system calls on prepared strings.
     unsafe { command.pre_exec(move || maps.enter()) };
-    let status = command
-        .status()
-        .context("cannot run a copy in a user namespace")?;
+    let status = command.status().context("cannot run a copy in a user namespace")?;
     anyhow::ensure!(
         proof.exists() || !status.success(),
         "the copy of the test program has no test {name}, or could not enter"
@@ -190,10 +183,7 @@ struct IdMaps {
 
 impl IdMaps {
     fn of_this_user() -> Self {
-        Self {
-            uid: format!("0 {} 1\n", geteuid()),
-            gid: format!("0 {} 1\n", getegid()),
-        }
+        Self { uid: format!("0 {} 1\n", geteuid()), gid: format!("0 {} 1\n", getegid()) }
     }
 
     fn enter(&self) -> io::Result<()> {

@@ -49,17 +49,11 @@ impl Lab {
         let lock = take_lock()?;
         sweep::sweep_dead_labs(Path::new(BASE));
         let dir = Path::new(BASE).join(format!("{DIR_PREFIX}{}", std::process::id()));
-        fs::create_dir(&dir)
-            .with_context(|| format!("cannot make the lab directory {}", dir.display()))?;
+        fs::create_dir(&dir).with_context(|| format!("cannot make the lab directory {}", dir.display()))?;
         fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
         sweep::sign(&dir)?;
         let nursery = Arc::new(Nursery::start(dir.clone())?);
-        let lab = Self {
-            dir,
-            hosts: Vec::new(),
-            nursery,
-            _lock: lock,
-        };
+        let lab = Self { dir, hosts: Vec::new(), nursery, _lock: lock };
         interrupt::guard(&lab.dir)?;
         Ok(lab)
     }
@@ -104,10 +98,7 @@ impl Lab {
             .iter()
             .map(|host| {
                 let fd = host.netns().as_raw_fd();
-                (
-                    host.name().to_owned(),
-                    format!("nsenter {user}--net=/proc/{pid}/fd/{fd}"),
-                )
+                (host.name().to_owned(), format!("nsenter {user}--net=/proc/{pid}/fd/{fd}"))
             })
             .collect()
     }
@@ -138,24 +129,18 @@ const NEW_HOST_SYSCTLS: &[(&str, &str)] = &[
 /// Sweeps dead labs now, unless a lab is alive. For a process that is about to enter a user namespace, where it could no
 /// longer recognise them.
 pub(crate) fn sweep_if_idle() {
-    if let Some(_lock) = open_lock()
-        .ok()
-        .and_then(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).ok())
-    {
+    if let Some(_lock) = open_lock().ok().and_then(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()) {
         sweep::sweep_dead_labs(Path::new(BASE));
     }
 }
 
 fn take_lock() -> Result<Flock<File>> {
-    let file = open_lock()
-        .with_context(|| format!("cannot open {LOCK}; remove it if another user left it"))?;
+    let file = open_lock().with_context(|| format!("cannot open {LOCK}; remove it if another user left it"))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
         Err((file, _)) => {
             eprintln!("another lab is running on this machine; waiting for it to end");
-            Flock::lock(file, FlockArg::LockExclusive)
-                .map_err(|(_, errno)| errno)
-                .context("cannot take the lab lock")
+            Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("cannot take the lab lock")
         }
     }
 }
@@ -165,12 +150,7 @@ fn open_lock() -> std::io::Result<File> {
     if let Ok(file) = File::open(LOCK) {
         return Ok(file);
     }
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(LOCK)?;
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(LOCK)?;
     file.set_permissions(Permissions::from_mode(0o644))?;
     Ok(file)
 }

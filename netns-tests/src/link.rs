@@ -19,9 +19,7 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteFlags, RouteMessage, RouteType},
     rule::{RuleAttribute, RuleMessage},
 };
-use rtnetlink::{
-    Handle, IpVersion, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
-};
+use rtnetlink::{Handle, IpVersion, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use crate::host::Host;
 
@@ -37,21 +35,11 @@ pub enum To {
 
 /// Joins two hosts by a veth pair and sets both ends up.
 pub fn connect(a: &Host, a_link: &str, b: &Host, b_link: &str) -> Result<()> {
-    let peer = LinkMessageBuilder::<LinkUnspec>::new()
-        .name(b_link)
-        .setns_by_fd(b.netns().as_raw_fd())
-        .build();
-    let pair = LinkMessageBuilder::<LinkVeth>::new(a_link, b_link)
-        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-        .build();
+    let peer = LinkMessageBuilder::<LinkUnspec>::new().name(b_link).setns_by_fd(b.netns().as_raw_fd()).build();
+    let pair =
+        LinkMessageBuilder::<LinkVeth>::new(a_link, b_link).set_info_data(InfoData::Veth(InfoVeth::Peer(peer))).build();
     a.netlink(|handle| async move { Ok(handle.link().add(pair).execute().await?) })
-        .with_context(|| {
-            format!(
-                "cannot join {}:{a_link} and {}:{b_link}",
-                a.name(),
-                b.name()
-            )
-        })?;
+        .with_context(|| format!("cannot join {}:{a_link} and {}:{b_link}", a.name(), b.name()))?;
     a.set_up(a_link, true)?;
     b.set_up(b_link, true)
 }
@@ -71,11 +59,7 @@ impl Host {
         self.netlink(|handle| async move {
             let index = index_of(&handle, link).await?;
             let change = LinkUnspec::new_with_index(index);
-            Ok(handle
-                .link()
-                .set(if up { change.up() } else { change.down() }.build())
-                .execute()
-                .await?)
+            Ok(handle.link().set(if up { change.up() } else { change.down() }.build()).execute().await?)
         })
         .with_context(|| format!("cannot set {link} {}", if up { "up" } else { "down" }))
     }
@@ -83,38 +67,21 @@ impl Host {
     pub fn set_mtu(&self, link: &str, mtu: u32) -> Result<()> {
         self.netlink(|handle| async move {
             let index = index_of(&handle, link).await?;
-            Ok(handle
-                .link()
-                .set(LinkUnspec::new_with_index(index).mtu(mtu).build())
-                .execute()
-                .await?)
+            Ok(handle.link().set(LinkUnspec::new_with_index(index).mtu(mtu).build()).execute().await?)
         })
     }
 
     pub fn add_bridge(&self, name: &str) -> Result<()> {
-        self.netlink(|handle| async move {
-            Ok(handle
-                .link()
-                .add(LinkBridge::new(name).build())
-                .execute()
-                .await?)
-        })
-        .with_context(|| format!("cannot make the bridge {name}"))?;
+        self.netlink(|handle| async move { Ok(handle.link().add(LinkBridge::new(name).build()).execute().await?) })
+            .with_context(|| format!("cannot make the bridge {name}"))?;
         self.set_up(name, true)
     }
 
     /// Makes `link` a port of `bridge`.
     pub fn enslave(&self, link: &str, bridge: &str) -> Result<()> {
         self.netlink(|handle| async move {
-            let (port, bridge) = (
-                index_of(&handle, link).await?,
-                index_of(&handle, bridge).await?,
-            );
-            Ok(handle
-                .link()
-                .set(LinkUnspec::new_with_index(port).controller(bridge).build())
-                .execute()
-                .await?)
+            let (port, bridge) = (index_of(&handle, link).await?, index_of(&handle, bridge).await?);
+            Ok(handle.link().set(LinkUnspec::new_with_index(port).controller(bridge).build()).execute().await?)
         })
     }
 
@@ -143,9 +110,7 @@ impl Host {
     pub fn add_address(&self, link: &str, address: IpNet) -> Result<()> {
         self.netlink(|handle| async move {
             let index = index_of(&handle, link).await?;
-            let mut add = handle
-                .address()
-                .add(index, address.addr(), address.prefix_len());
+            let mut add = handle.address().add(index, address.addr(), address.prefix_len());
             add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
             Ok(add.execute().await?)
         })
@@ -256,30 +221,14 @@ pub(crate) async fn all_routes(handle: &Handle) -> Result<Vec<RouteMessage>> {
         let mut ask = RouteMessage::default();
         ask.header.address_family = family;
         let listed: Vec<RouteMessage> = handle.route().get(ask).execute().try_collect().await?;
-        routes.extend(
-            listed
-                .into_iter()
-                .filter(|route| !route.header.flags.contains(RouteFlags::Cloned)),
-        );
+        routes.extend(listed.into_iter().filter(|route| !route.header.flags.contains(RouteFlags::Cloned)));
     }
     Ok(routes)
 }
 
 pub(crate) async fn all_rules(handle: &Handle) -> Result<Vec<RuleMessage>> {
-    let mut rules: Vec<RuleMessage> = handle
-        .rule()
-        .get(IpVersion::V4)
-        .execute()
-        .try_collect()
-        .await?;
-    rules.extend(
-        handle
-            .rule()
-            .get(IpVersion::V6)
-            .execute()
-            .try_collect::<Vec<_>>()
-            .await?,
-    );
+    let mut rules: Vec<RuleMessage> = handle.rule().get(IpVersion::V4).execute().try_collect().await?;
+    rules.extend(handle.rule().get(IpVersion::V6).execute().try_collect::<Vec<_>>().await?);
     Ok(rules)
 }
 
@@ -289,18 +238,15 @@ where
     F: FnOnce(Handle) -> Fut,
     Fut: Future<Output = Result<T>>,
 {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .context("cannot build a runtime")?
-        .block_on(async {
-            let (connection, handle, _) =
-                rtnetlink::new_connection().context("cannot open a netlink socket")?;
+    tokio::runtime::Builder::new_current_thread().enable_io().build().context("cannot build a runtime")?.block_on(
+        async {
+            let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
             let carrier = tokio::spawn(connection);
             let result = talk(handle).await;
             carrier.abort();
             result
-        })
+        },
+    )
 }
 
 /// Makes a bridge and a veth pair in the calling thread's namespace; names the kind that failed.
@@ -310,24 +256,13 @@ pub(crate) fn can_make_links() -> Result<(), (&'static str, String)> {
             .map_err(|error| format!("{error:#}"))
     };
     make(LinkBridge::new("probe0").build()).map_err(|error| ("bridge", error))?;
-    make(LinkMessageBuilder::<LinkVeth>::new("probe1", "probe2").build())
-        .map_err(|error| ("veth", error))
+    make(LinkMessageBuilder::<LinkVeth>::new("probe1", "probe2").build()).map_err(|error| ("veth", error))
 }
 
 async fn index_of(handle: &Handle, link: &str) -> Result<u32> {
-    let found = handle
-        .link()
-        .get()
-        .match_name(link.to_owned())
-        .execute()
-        .try_next()
-        .await;
+    let found = handle.link().get().match_name(link.to_owned()).execute().try_next().await;
     match found {
-        Ok(Some(message))
-            if message
-                .attributes
-                .contains(&LinkAttribute::IfName(link.to_owned())) =>
-        {
+        Ok(Some(message)) if message.attributes.contains(&LinkAttribute::IfName(link.to_owned())) => {
             Ok(message.header.index)
         }
         Ok(_) => Err(anyhow!("there is no link {link}")),

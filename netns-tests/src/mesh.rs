@@ -63,13 +63,7 @@ pub struct MeshOptions {
 
 impl Default for MeshOptions {
     fn default() -> Self {
-        Self {
-            nodes: 3,
-            pods_per_node: 2,
-            ttl: None,
-            rp_filter: 0,
-            tweak: |_, _| {},
-        }
+        Self { nodes: 3, pods_per_node: 2, ttl: None, rp_filter: 0, tweak: |_, _| {} }
     }
 }
 
@@ -107,34 +101,15 @@ impl Mesh {
         let internet = lab.router("internet")?;
         let watch = Watch::default();
         let server_host = site(&mut lab, &internet, "server", 0, options.rp_filter)?;
-        let server = Server::new(
-            binaries,
-            server_host,
-            &lab.dir().join("server"),
-            site_v4(0),
-            options.ttl,
-        )?;
+        let server = Server::new(binaries, server_host, &lab.dir().join("server"), site_v4(0), options.ttl)?;
         let secret = config::new_secret()?;
         let mut nodes = Vec::new();
         for index in 0..options.nodes {
             let number = index + 1;
-            let host = site(
-                &mut lab,
-                &internet,
-                &format!("n{number}"),
-                number,
-                options.rp_filter,
-            )?;
+            let host = site(&mut lab, &internet, &format!("n{number}"), number, options.rp_filter)?;
             host.forward()?;
-            let mut node = Node::new(
-                binaries,
-                host,
-                &lab.dir().join(format!("n{number}")),
-                site_v4(number),
-                &secret,
-            )?;
-            (node.pods, node.config.pod_cidrs) =
-                pods(&mut lab, &node, number, options.pods_per_node)?;
+            let mut node = Node::new(binaries, host, &lab.dir().join(format!("n{number}")), site_v4(number), &secret)?;
+            (node.pods, node.config.pod_cidrs) = pods(&mut lab, &node, number, options.pods_per_node)?;
             (options.tweak)(index, &mut node.config);
             node.write_config()?;
             nodes.push(node);
@@ -145,16 +120,7 @@ impl Mesh {
         let captures = (0..=options.nodes)
             .map(|number| Capture::start(&internet, &format!("site{number}"), &watch))
             .collect::<Result<_>>()?;
-        Ok(Self {
-            server,
-            nodes,
-            internet,
-            watch,
-            captures,
-            controls: Vec::new(),
-            baseline: BTreeMap::new(),
-            lab,
-        })
+        Ok(Self { server, nodes, internet, watch, captures, controls: Vec::new(), baseline: BTreeMap::new(), lab })
     }
 
     /// [`Self::build`], then everything started and waited for.
@@ -199,20 +165,10 @@ impl Mesh {
                         .iter()
                         .filter(|peer| peer.overlay_v4.is_some() && peer.overlay_v6.is_some())
                         .count();
-                    ensure!(
-                        complete == others,
-                        "it is {} and lists {complete} complete peers",
-                        status.node.state
-                    );
+                    ensure!(complete == others, "it is {} and lists {complete} complete peers", status.node.state);
                     node.overlay = Some((
-                        status
-                            .node
-                            .overlay_v4
-                            .context("it has no overlay IPv4 address yet")?,
-                        status
-                            .node
-                            .overlay_v6
-                            .context("it has no overlay IPv6 address yet")?,
+                        status.node.overlay_v4.context("it has no overlay IPv4 address yet")?,
+                        status.node.overlay_v6.context("it has no overlay IPv6 address yet")?,
                     ));
                     Ok(Some(()))
                 },
@@ -230,15 +186,8 @@ impl Mesh {
     /// Sends one marked datagram from every node to the server's site outside the tunnel: the captures must find it.
     pub fn send_controls(&mut self, round: &str) -> Result<()> {
         for node in &self.nodes {
-            let control = self
-                .watch
-                .marker(&format!("control {round} {}", node.name()))?;
-            send_clear(
-                &node.host,
-                (self.server.address, 9).into(),
-                control.bytes(),
-                OWN_MARK,
-            )?;
+            let control = self.watch.marker(&format!("control {round} {}", node.name()))?;
+            send_clear(&node.host, (self.server.address, 9).into(), control.bytes(), OWN_MARK)?;
             self.controls.push(control);
         }
         Ok(())
@@ -250,18 +199,12 @@ impl Mesh {
 
     /// What the captures saw so far, by link; the first is the server's.
     pub fn counts(&self) -> Vec<(String, Counts)> {
-        self.captures
-            .iter()
-            .map(|capture| (capture.name().to_owned(), capture.counts()))
-            .collect()
+        self.captures.iter().map(|capture| (capture.name().to_owned(), capture.counts())).collect()
     }
 
     /// Ends the captures and gives what they saw.
     pub fn stop_captures(&mut self) -> Result<Vec<(String, Counts)>> {
-        self.captures
-            .drain(..)
-            .map(|capture| Ok((capture.name().to_owned(), capture.stop()?)))
-            .collect()
+        self.captures.drain(..).map(|capture| Ok((capture.name().to_owned(), capture.stop()?))).collect()
     }
 
     /// Dumps every host of the mesh, to be compared with later.
@@ -282,9 +225,7 @@ impl Mesh {
 
     /// The dump of one host from [`Self::take_baseline`].
     pub fn baseline(&self, host: &str) -> Result<&Snapshot> {
-        self.baseline
-            .get(host)
-            .with_context(|| format!("no dump of {host} was taken"))
+        self.baseline.get(host).with_context(|| format!("no dump of {host} was taken"))
     }
 
     pub fn lab(&self) -> &Lab {
@@ -298,12 +239,7 @@ impl Mesh {
 
     /// Every ordered pair of nodes.
     pub fn pairs(&self) -> impl Iterator<Item = (&Node, &Node)> {
-        self.nodes.iter().flat_map(|a| {
-            self.nodes
-                .iter()
-                .filter(|b| b.name() != a.name())
-                .map(move |b| (a, b))
-        })
+        self.nodes.iter().flat_map(|a| self.nodes.iter().filter(|b| b.name() != a.name()).map(move |b| (a, b)))
     }
 }
 
@@ -326,22 +262,13 @@ fn site(lab: &mut Lab, internet: &Host, name: &str, number: usize, rp_filter: u8
     let host = lab.host(name)?;
     let port = format!("site{number}");
     connect(internet, &port, &host, UPLINK)?;
-    let router = (
-        Ipv4Addr::new(10, 0, small(number)?, 1),
-        v6([0x2001, 0xdb8, small(number)?.into(), 0, 1]),
-    );
+    let router = (Ipv4Addr::new(10, 0, small(number)?, 1), v6([0x2001, 0xdb8, small(number)?.into(), 0, 1]));
     internet.add_address(&port, IpNet::new(router.0.into(), 24)?)?;
     internet.add_address(&port, IpNet::new(router.1.into(), 64)?)?;
     host.add_address(UPLINK, IpNet::new(site_v4(number), 24)?)?;
-    host.add_address(
-        UPLINK,
-        IpNet::new(v6([0x2001, 0xdb8, small(number)?.into(), 0, 2]).into(), 64)?,
-    )?;
+    host.add_address(UPLINK, IpNet::new(v6([0x2001, 0xdb8, small(number)?.into(), 0, 2]).into(), 64)?)?;
     host.add_default_routes(router.0, router.1)?;
-    host.set_sysctl(
-        &format!("ipv4/conf/{UPLINK}/rp_filter"),
-        &rp_filter.to_string(),
-    )?;
+    host.set_sysctl(&format!("ipv4/conf/{UPLINK}/rp_filter"), &rp_filter.to_string())?;
     Ok(host)
 }
 
@@ -352,15 +279,10 @@ fn site_v4(number: usize) -> IpAddr {
 /// The bridge of a node and the pods on it; the prefixes that the node announces for them.
 fn pods(lab: &mut Lab, node: &Node, number: usize, count: usize) -> Result<(Vec<Pod>, Vec<IpNet>)> {
     let third = small(number)?;
-    let gateway = (
-        Ipv4Addr::new(10, 244, third, 1),
-        v6([0xfd00, 0x244, third.into(), 0, 1]),
-    );
+    let gateway = (Ipv4Addr::new(10, 244, third, 1), v6([0xfd00, 0x244, third.into(), 0, 1]));
     node.host.add_bridge(POD_BRIDGE)?;
-    node.host
-        .add_address(POD_BRIDGE, IpNet::new(gateway.0.into(), 24)?)?;
-    node.host
-        .add_address(POD_BRIDGE, IpNet::new(gateway.1.into(), 64)?)?;
+    node.host.add_address(POD_BRIDGE, IpNet::new(gateway.0.into(), 24)?)?;
+    node.host.add_address(POD_BRIDGE, IpNet::new(gateway.1.into(), 64)?)?;
     let mut pods = Vec::new();
     for index in 1..=count {
         let host = lab.host(&format!("{}-p{index}", node.name()))?;
@@ -373,10 +295,8 @@ fn pods(lab: &mut Lab, node: &Node, number: usize, count: usize) -> Result<(Vec<
             v4: Ipv4Addr::new(10, 244, third, last),
             v6: v6([0xfd00, 0x244, third.into(), 0, 0x10 + u16::from(last) - 10]),
         };
-        pod.host
-            .add_address(UPLINK, IpNet::new(pod.v4.into(), 24)?)?;
-        pod.host
-            .add_address(UPLINK, IpNet::new(pod.v6.into(), 64)?)?;
+        pod.host.add_address(UPLINK, IpNet::new(pod.v4.into(), 24)?)?;
+        pod.host.add_address(UPLINK, IpNet::new(pod.v6.into(), 64)?)?;
         pod.host.add_default_routes(gateway.0, gateway.1)?;
         pods.push(pod);
     }
@@ -393,8 +313,5 @@ fn v6([a, b, c, d, last]: [u16; 5]) -> Ipv6Addr {
 }
 
 fn small(number: usize) -> Result<u8> {
-    u8::try_from(number)
-        .ok()
-        .filter(|number| *number < 200)
-        .context("a lab has fewer than 200 nodes and pods")
+    u8::try_from(number).ok().filter(|number| *number < 200).context("a lab has fewer than 200 nodes and pods")
 }

@@ -43,32 +43,15 @@ impl Process {
     ///
     /// The child sees only PATH, `MESHSPAN_LOG` and `RUST_BACKTRACE` of this process's environment.
     pub fn start(host: &Host, mut command: Command, log_stem: &Path) -> Result<Self> {
-        let what = command
-            .get_program()
-            .to_string_lossy()
-            .rsplit('/')
-            .next()
-            .unwrap_or_default()
-            .to_owned();
-        let (stdout, stderr) = (
-            log_stem.with_extension("out"),
-            log_stem.with_extension("err"),
-        );
-        command
-            .stdin(Stdio::null())
-            .stdout(append(&stdout)?)
-            .stderr(append(&stderr)?);
+        let what = command.get_program().to_string_lossy().rsplit('/').next().unwrap_or_default().to_owned();
+        let (stdout, stderr) = (log_stem.with_extension("out"), log_stem.with_extension("err"));
+        command.stdin(Stdio::null()).stdout(append(&stdout)?).stderr(append(&stderr)?);
         clean_environment(&mut command);
         let child = host
             .nursery()
             .spawn(command, host.netns().try_clone_to_owned()?)
             .with_context(|| format!("{what} on {}", host.name()))?;
-        Ok(Self {
-            child,
-            stdout,
-            stderr,
-            what,
-        })
+        Ok(Self { child, stdout, stderr, what })
     }
 
     pub fn pid(&self) -> Pid {
@@ -142,39 +125,24 @@ impl Drop for Process {
 
 /// Runs a command inside `host` to its end. `scratch` holds its output while it runs.
 pub fn run(host: &Host, program: &Path, args: &[&OsStr], scratch: &Path) -> Result<Answer> {
-    let stem = tempfile::Builder::new()
-        .prefix("command-")
-        .tempdir_in(scratch)?;
+    let stem = tempfile::Builder::new().prefix("command-").tempdir_in(scratch)?;
     let mut command = Command::new(program);
     command.args(args);
     let mut process = Process::start(host, command, &stem.path().join("answer"))?;
     let status = process.ended(COMMAND_WITHIN)?;
-    Ok(Answer {
-        status,
-        stdout: fs::read_to_string(&process.stdout)?,
-        stderr: fs::read_to_string(&process.stderr)?,
-    })
+    Ok(Answer { status, stdout: fs::read_to_string(&process.stdout)?, stderr: fs::read_to_string(&process.stderr)? })
 }
 
 impl Answer {
     /// The standard output of a command that must succeed.
     pub fn success(self) -> Result<String> {
-        ensure!(
-            self.status.success(),
-            "ended with {}: {}",
-            self.status,
-            self.stderr.trim()
-        );
+        ensure!(self.status.success(), "ended with {}: {}", self.status, self.stderr.trim());
         Ok(self.stdout)
     }
 }
 
 fn append(path: &Path) -> Result<File> {
-    File::options()
-        .create(true)
-        .append(true)
-        .open(path)
-        .with_context(|| format!("cannot open {}", path.display()))
+    File::options().create(true).append(true).open(path).with_context(|| format!("cannot open {}", path.display()))
 }
 
 fn clean_environment(command: &mut Command) {

@@ -67,13 +67,7 @@ pub struct Difference {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} {} {}",
-            if self.appeared { '+' } else { '-' },
-            self.kind.word(),
-            self.text
-        )
+        write!(f, "{} {} {}", if self.appeared { '+' } else { '-' }, self.kind.word(), self.text)
     }
 }
 
@@ -98,18 +92,9 @@ impl Snapshot {
         let mut differences = Vec::new();
         for (one, other, appeared) in [(self, later, false), (later, self, true)] {
             for ((kind, text), count) in &one.lines {
-                let missing = count.saturating_sub(
-                    other
-                        .lines
-                        .get(&(*kind, text.clone()))
-                        .copied()
-                        .unwrap_or_default(),
-                );
-                differences.extend((0..missing).map(|_| Difference {
-                    appeared,
-                    kind: *kind,
-                    text: text.clone(),
-                }));
+                let missing =
+                    count.saturating_sub(other.lines.get(&(*kind, text.clone())).copied().unwrap_or_default());
+                differences.extend((0..missing).map(|_| Difference { appeared, kind: *kind, text: text.clone() }));
             }
         }
         differences
@@ -117,10 +102,7 @@ impl Snapshot {
 
     /// The texts of one kind.
     pub fn of(&self, kind: Kind) -> impl Iterator<Item = &str> {
-        self.lines
-            .keys()
-            .filter(move |(k, _)| *k == kind)
-            .map(|(_, text)| text.as_str())
+        self.lines.keys().filter(move |(k, _)| *k == kind).map(|(_, text)| text.as_str())
     }
 
     fn add(&mut self, kind: Kind, text: impl Into<String>) {
@@ -131,14 +113,7 @@ impl Snapshot {
         let Ok(metadata) = path.symlink_metadata() else {
             return;
         };
-        self.add(
-            Kind::File,
-            format!(
-                "{} mode {:o}",
-                path.display(),
-                metadata.permissions().mode()
-            ),
-        );
+        self.add(Kind::File, format!("{} mode {:o}", path.display(), metadata.permissions().mode()));
         if metadata.is_dir() {
             for entry in path.read_dir().into_iter().flatten().flatten() {
                 self.add_files(&entry.path());
@@ -160,9 +135,5 @@ impl fmt::Display for Snapshot {
 
 /// Differences in words, one a line, for an error message.
 pub fn in_words(differences: &[Difference]) -> String {
-    differences
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join("\n")
+    differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }

@@ -10,11 +10,7 @@ pub const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Calls `probe` until it gives a value; returns the value and how long that took.
 ///
 /// An error of the probe counts as "not yet" and is named if the deadline passes.
-pub fn until<T>(
-    what: &str,
-    within: Duration,
-    mut probe: impl FnMut() -> Result<Option<T>>,
-) -> Result<(T, Duration)> {
+pub fn until<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<(T, Duration)> {
     let start = Instant::now();
     loop {
         let last = match probe() {
@@ -48,11 +44,7 @@ pub fn until_or_dead<S, T>(
 }
 
 /// The same for a plain condition; returns how long it took to come true.
-pub fn until_true(
-    what: &str,
-    within: Duration,
-    mut probe: impl FnMut() -> Result<bool>,
-) -> Result<Duration> {
+pub fn until_true(what: &str, within: Duration, mut probe: impl FnMut() -> Result<bool>) -> Result<Duration> {
     until(what, within, || Ok(probe()?.then_some(()))).map(|((), took)| took)
 }
 
@@ -76,26 +68,15 @@ mod tests {
     fn a_dead_subject_ends_the_wait() {
         let start = Instant::now();
         let hour = Duration::from_secs(3600);
-        let error = until_or_dead(
-            "a sign of life",
-            hour,
-            &mut (),
-            |()| bail!("it is dead"),
-            |()| Ok(None::<()>),
-        )
-        .unwrap_err();
+        let error =
+            until_or_dead("a sign of life", hour, &mut (), |()| bail!("it is dead"), |()| Ok(None::<()>)).unwrap_err();
         assert_eq!(error.to_string(), "it is dead");
         assert!(start.elapsed() < hour);
     }
 
     #[test]
     fn a_deadline_names_the_condition_and_the_last_error() {
-        let error = until_true("the moon", Duration::ZERO, || bail!("too cloudy"))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("the moon") && error.contains("too cloudy"),
-            "{error}"
-        );
+        let error = until_true("the moon", Duration::ZERO, || bail!("too cloudy")).unwrap_err().to_string();
+        assert!(error.contains("the moon") && error.contains("too cloudy"), "{error}");
     }
 }

@@ -17,8 +17,7 @@ use netns_tests::{
 };
 
 const SOON: Duration = Duration::from_secs(5);
-const SERVER: &str =
-    "#!/bin/sh\necho endpoint=https://10.0.0.2:7443\necho pin=sha256:none\nexec sleep 1000\n";
+const SERVER: &str = "#!/bin/sh\necho endpoint=https://10.0.0.2:7443\necho pin=sha256:none\nexec sleep 1000\n";
 /// Lives, hears nothing, and succeeds at every command.
 const AGENT: &str = "#!/bin/sh\n[ \"$1\" = run ] || exit 0\ntrap '' HUP\nexec sleep 1000\n";
 
@@ -29,25 +28,17 @@ fn stand_ins(dir: &Path, server: &str) -> Binaries {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         path
     };
-    Binaries {
-        agent: write("mesh-agent", AGENT),
-        server: write("discovery-server", server),
-    }
+    Binaries { agent: write("mesh-agent", AGENT), server: write("discovery-server", server) }
 }
 
 /// A mesh of three nodes whose programs do nothing.
 fn idle_mesh(dir: &Path) -> Mesh {
-    let options = MeshOptions {
-        ttl: Some(Duration::from_secs(1)),
-        ..MeshOptions::default()
-    };
+    let options = MeshOptions { ttl: Some(Duration::from_secs(1)), ..MeshOptions::default() };
     let mut mesh = Mesh::build(&stand_ins(dir, SERVER), &options).unwrap();
     for (index, node) in mesh.nodes.iter_mut().enumerate() {
         let number = index + 1;
-        node.overlay = Some((
-            format!("198.19.0.{number}").parse().unwrap(),
-            format!("fd00:1::{number}").parse().unwrap(),
-        ));
+        node.overlay =
+            Some((format!("198.19.0.{number}").parse().unwrap(), format!("fd00:1::{number}").parse().unwrap()));
     }
     mesh.take_baseline().unwrap();
     mesh.start_server().unwrap();
@@ -61,9 +52,7 @@ fn route_in_clear(mesh: &Mesh) {
         let number = index + 1;
         let (v4, v6) = node.overlay.unwrap();
         for (prefix, address) in [(32, IpAddr::from(v4)), (128, v6.into())] {
-            node.host
-                .add_address("lo", ipnet::IpNet::new(address, prefix).unwrap())
-                .unwrap();
+            node.host.add_address("lo", ipnet::IpNet::new(address, prefix).unwrap()).unwrap();
         }
         let (gateway4, gateway6) = (format!("10.0.{number}.2"), format!("2001:db8:{number}::2"));
         for (prefix, gateway) in [
@@ -73,11 +62,7 @@ fn route_in_clear(mesh: &Mesh) {
             (format!("fd00:244:{number}::/64"), &gateway6),
         ] {
             mesh.internet
-                .add_route(
-                    MAIN_TABLE,
-                    prefix.parse().unwrap(),
-                    &To::Gateway(gateway.parse().unwrap()),
-                )
+                .add_route(MAIN_TABLE, prefix.parse().unwrap(), &To::Gateway(gateway.parse().unwrap()))
                 .unwrap();
         }
     }
@@ -87,23 +72,14 @@ fn route_in_clear(mesh: &Mesh) {
 fn plant_mesh_link(mesh: &Mesh, node: usize) {
     let host = &mesh.nodes[node].host;
     connect(host, MESH_LINK, &mesh.internet, "spare").unwrap();
-    host.add_route(
-        MESH_TABLE,
-        "10.99.0.0/16".parse().unwrap(),
-        &To::Link(MESH_LINK.into()),
-    )
-    .unwrap();
-    host.add_rule(rtnetlink::IpVersion::V4, MESH_RULE, MESH_TABLE)
-        .unwrap();
+    host.add_route(MESH_TABLE, "10.99.0.0/16".parse().unwrap(), &To::Link(MESH_LINK.into())).unwrap();
+    host.add_rule(rtnetlink::IpVersion::V4, MESH_RULE, MESH_TABLE).unwrap();
 }
 
 fn red(verdict: anyhow::Result<String>, word: &str) {
     match verdict {
         Ok(detail) => panic!("passed, though broken on purpose: {detail}"),
-        Err(error) => assert!(
-            format!("{error:#}").contains(word),
-            "no {word:?} in: {error:#}"
-        ),
+        Err(error) => assert!(format!("{error:#}").contains(word), "no {word:?} in: {error:#}"),
     }
 }
 
@@ -122,19 +98,8 @@ fn a_mesh_in_clear_carries_but_is_caught() {
     carry::pod_to_node(&mesh).unwrap();
     carry::tcp_transfer(&mesh, 1 << 20, 3).unwrap();
     let links = mesh.counts();
-    for label in [
-        "node-to-node-v6",
-        "node-to-node-v4",
-        "pod-to-pod",
-        "pod-to-node",
-        "tcp-transfer",
-    ] {
-        assert!(
-            links
-                .iter()
-                .any(|(_, seen)| seen.markers.contains_key(label)),
-            "{label} was not seen"
-        );
+    for label in ["node-to-node-v6", "node-to-node-v4", "pod-to-pod", "pod-to-node", "tcp-transfer"] {
+        assert!(links.iter().any(|(_, seen)| seen.markers.contains_key(label)), "{label} was not seen");
     }
     red(carry::no_cleartext(&mut mesh), "in clear on internet:site1");
 }
@@ -146,27 +111,15 @@ fn leaked_addresses_and_blind_captures_are_red() {
     }
     let dir = tempfile::tempdir().unwrap();
     let mut quiet = idle_mesh(dir.path());
-    red(
-        carry::no_cleartext(&mut quiet),
-        "no WireGuard packet on internet:site1",
-    );
+    red(carry::no_cleartext(&mut quiet), "no WireGuard packet on internet:site1");
     // The captures have ended: the control copies of a second verdict cannot be found.
     red(carry::no_cleartext(&mut quiet), "control copies");
     drop(quiet);
 
     let mut leaking = idle_mesh(dir.path());
     let pod = &leaking.nodes[0].pods[0];
-    netns_tests::traffic::send_clear(
-        &pod.host,
-        "10.244.2.11:9".parse().unwrap(),
-        b"no marker at all",
-        0,
-    )
-    .unwrap();
-    red(
-        carry::no_cleartext(&mut leaking),
-        "10.244.1.11 -> 10.244.2.11",
-    );
+    netns_tests::traffic::send_clear(&pod.host, "10.244.2.11:9".parse().unwrap(), b"no marker at all", 0).unwrap();
+    red(carry::no_cleartext(&mut leaking), "10.244.1.11 -> 10.244.2.11");
 }
 
 #[test]
@@ -177,12 +130,7 @@ fn without_a_mesh_nothing_is_carried() {
     let dir = tempfile::tempdir().unwrap();
     let mesh = idle_mesh(dir.path());
     std::thread::scope(|scope| {
-        for check in [
-            carry::node_to_node_v6,
-            carry::node_to_node_v4,
-            carry::pod_to_pod,
-            carry::pod_to_node,
-        ] {
+        for check in [carry::node_to_node_v6, carry::node_to_node_v4, carry::pod_to_pod, carry::pod_to_node] {
             let mesh = &mesh;
             scope.spawn(move || red(check(mesh), "no reply from"));
         }
@@ -200,18 +148,12 @@ fn packets_lost_after_the_server_died_are_counted() {
     route_in_clear(&mesh);
     let (server, victim) = (mesh.server.host.clone(), mesh.nodes[1].host.clone());
     wait::until_true("the server to run", SOON, || {
-        Ok(Snapshot::take(&server, &[])?
-            .of(Kind::Process)
-            .next()
-            .is_some())
+        Ok(Snapshot::take(&server, &[])?.of(Kind::Process).next().is_some())
     })
     .unwrap();
     let cutter = std::thread::spawn(move || {
         wait::until_true("the server to die", Duration::from_secs(30), || {
-            Ok(Snapshot::take(&server, &[])?
-                .of(Kind::Process)
-                .next()
-                .is_none())
+            Ok(Snapshot::take(&server, &[])?.of(Kind::Process).next().is_none())
         })
         .unwrap();
         victim.set_up(UPLINK, false).unwrap();
@@ -228,10 +170,7 @@ fn a_link_that_nobody_restores_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let mesh = idle_mesh(dir.path());
     route_in_clear(&mesh);
-    red(
-        faults::link_deleted_restored(&mesh),
-        "has nothing of a mesh",
-    );
+    red(faults::link_deleted_restored(&mesh), "has nothing of a mesh");
     plant_mesh_link(&mesh, 0);
     red(faults::link_deleted_restored(&mesh), "- mesh0 up");
 }
@@ -244,10 +183,7 @@ fn a_link_that_outlives_its_agent_is_red() {
     let dir = tempfile::tempdir().unwrap();
     let mut mesh = idle_mesh(dir.path());
     plant_mesh_link(&mesh, 1);
-    red(
-        faults::agent_restart_without_server(&mut mesh),
-        "mesh0 of n2 to go",
-    );
+    red(faults::agent_restart_without_server(&mut mesh), "mesh0 of n2 to go");
 }
 
 #[test]
@@ -260,10 +196,7 @@ fn leftovers_are_named() {
     red(traces::boolean_off(&mut mesh), "owned nothing before");
     plant_mesh_link(&mesh, 2);
     red(traces::boolean_off(&mut mesh), "+ link mesh0");
-    red(
-        traces::nothing_left_behind(&mut mesh),
-        "+ route v4 table 818",
-    );
+    red(traces::nothing_left_behind(&mut mesh), "+ route v4 table 818");
 }
 
 #[test]
@@ -272,31 +205,12 @@ fn a_demo_that_cannot_start_fails_every_check() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let binaries = stand_ins(
-        dir.path(),
-        "#!/bin/sh\necho the port is taken >&2\nexit 1\n",
-    );
-    let options = demo::Options {
-        json: true,
-        keep: false,
-        cold_starts: 1,
-        rp_filter: 0,
-    };
+    let binaries = stand_ins(dir.path(), "#!/bin/sh\necho the port is taken >&2\nexit 1\n");
+    let options = demo::Options { json: true, keep: false, cold_starts: 1, rp_filter: 0 };
     let (report, kept) = demo::run(&binaries, options);
     assert!(!report.ok() && kept.is_none());
-    assert_eq!(
-        report
-            .checks
-            .iter()
-            .map(|check| check.name)
-            .collect::<Vec<_>>(),
-        demo::report::CHECKS
-    );
-    assert!(
-        report.checks.iter().all(|check| !check.ok),
-        "{}",
-        report.json()
-    );
+    assert_eq!(report.checks.iter().map(|check| check.name).collect::<Vec<_>>(), demo::report::CHECKS);
+    assert!(report.checks.iter().all(|check| !check.ok), "{}", report.json());
     let why = &report.checks[0].detail;
     assert!(why.contains("the port is taken"), "{why}");
 }

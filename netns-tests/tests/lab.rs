@@ -31,10 +31,8 @@ fn two_hosts(lab: &mut Lab) -> (Host, Host) {
     let (a, b) = (lab.host("a").unwrap(), lab.host("b").unwrap());
     connect(&a, "wire", &b, "wire").unwrap();
     for (host, number) in [(&a, 1), (&b, 2)] {
-        host.add_address("wire", format!("10.9.0.{number}/24").parse().unwrap())
-            .unwrap();
-        host.add_address("wire", format!("2001:db8::{number}/64").parse().unwrap())
-            .unwrap();
+        host.add_address("wire", format!("10.9.0.{number}/24").parse().unwrap()).unwrap();
+        host.add_address("wire", format!("2001:db8::{number}/64").parse().unwrap()).unwrap();
     }
     (a, b)
 }
@@ -52,24 +50,9 @@ fn two_hosts_reach_each_other_and_nobody_else() {
     let (a, b) = two_hosts(&mut lab);
     first_reply(&a, b_v4(), b"hello", EVERY, SOON).unwrap();
     first_reply(&b, "2001:db8::1".parse().unwrap(), b"hello", EVERY, SOON).unwrap();
-    let nobody = first_reply(
-        &a,
-        "10.9.0.77".parse().unwrap(),
-        b"hello",
-        EVERY,
-        Duration::from_millis(200),
-    );
+    let nobody = first_reply(&a, "10.9.0.77".parse().unwrap(), b"hello", EVERY, Duration::from_millis(200));
     assert!(nobody.unwrap_err().to_string().contains("host a"));
-    assert!(
-        first_reply(
-            &lab.host("alone").unwrap(),
-            b_v4(),
-            b"hello",
-            EVERY,
-            Duration::from_millis(100)
-        )
-        .is_err()
-    );
+    assert!(first_reply(&lab.host("alone").unwrap(), b_v4(), b"hello", EVERY, Duration::from_millis(100)).is_err());
 }
 
 #[test]
@@ -80,57 +63,23 @@ fn a_router_and_a_bridge_carry_tcp_unchanged() {
     let mut lab = Lab::new().unwrap();
     let router = lab.router("router").unwrap();
     router.add_bridge("br").unwrap();
-    router
-        .add_address("br", "10.9.1.1/24".parse().unwrap())
-        .unwrap();
+    router.add_address("br", "10.9.1.1/24".parse().unwrap()).unwrap();
     let (pod, far) = (lab.host("pod").unwrap(), lab.host("far").unwrap());
     connect(&router, "pod", &pod, "eth0").unwrap();
     router.enslave("pod", "br").unwrap();
     connect(&router, "far", &far, "eth0").unwrap();
-    router
-        .add_address("far", "10.9.2.1/24".parse().unwrap())
-        .unwrap();
-    for (host, address, gateway) in [
-        (&pod, "10.9.1.2/24", "10.9.1.1"),
-        (&far, "10.9.2.2/24", "10.9.2.1"),
-    ] {
+    router.add_address("far", "10.9.2.1/24".parse().unwrap()).unwrap();
+    for (host, address, gateway) in [(&pod, "10.9.1.2/24", "10.9.1.1"), (&far, "10.9.2.2/24", "10.9.2.1")] {
         host.add_address("eth0", address.parse().unwrap()).unwrap();
-        host.add_route(
-            MAIN_TABLE,
-            "0.0.0.0/0".parse().unwrap(),
-            &To::Gateway(gateway.parse().unwrap()),
-        )
-        .unwrap();
+        host.add_route(MAIN_TABLE, "0.0.0.0/0".parse().unwrap(), &To::Gateway(gateway.parse().unwrap())).unwrap();
     }
     let watch = Watch::default();
     let marker = watch.marker("tcp").unwrap();
     let capture = Capture::start(&router, "far", &watch).unwrap();
-    let done = transfer(
-        &pod,
-        &far,
-        "10.9.2.2".parse().unwrap(),
-        3_000_001,
-        7,
-        marker.bytes(),
-    )
-    .unwrap();
-    assert_eq!(
-        (done.bytes, done.sha256_sent),
-        (3_000_001, done.sha256_received)
-    );
-    let again = transfer(
-        &pod,
-        &far,
-        "10.9.2.2".parse().unwrap(),
-        3_000_001,
-        8,
-        marker.bytes(),
-    )
-    .unwrap();
-    assert_ne!(
-        done.sha256_sent, again.sha256_sent,
-        "the seed decides the bytes"
-    );
+    let done = transfer(&pod, &far, "10.9.2.2".parse().unwrap(), 3_000_001, 7, marker.bytes()).unwrap();
+    assert_eq!((done.bytes, done.sha256_sent), (3_000_001, done.sha256_received));
+    let again = transfer(&pod, &far, "10.9.2.2".parse().unwrap(), 3_000_001, 8, marker.bytes()).unwrap();
+    assert_ne!(done.sha256_sent, again.sha256_sent, "the seed decides the bytes");
     let counts = capture.stop().unwrap();
     assert!(counts.of(&marker) > 10, "{counts:?}");
     assert_eq!(counts.missed, 0);
@@ -145,11 +94,8 @@ fn a_capture_finds_what_was_sent_in_clear_and_nothing_else() {
     let (a, b) = two_hosts(&mut lab);
     let watch = Watch::default();
     let capture = Capture::start(&b, "wire", &watch).unwrap();
-    let (sent, pinged, silent) = (
-        watch.marker("sent").unwrap(),
-        watch.marker("pinged").unwrap(),
-        watch.marker("silent").unwrap(),
-    );
+    let (sent, pinged, silent) =
+        (watch.marker("sent").unwrap(), watch.marker("pinged").unwrap(), watch.marker("silent").unwrap());
     send_clear(&a, SocketAddr::new(b_v4(), 9), sent.bytes(), 0x10).unwrap();
     first_reply(&a, b_v4(), pinged.bytes(), EVERY, SOON).unwrap();
     // A datagram with the head of a WireGuard data message.
@@ -159,21 +105,11 @@ fn a_capture_finds_what_was_sent_in_clear_and_nothing_else() {
     watch.leaks_of("10.9.0.2/32".parse().unwrap());
     first_reply(&a, b_v4(), b"to a watched prefix", EVERY, SOON).unwrap();
     let counts = capture.stop().unwrap();
-    assert_eq!(
-        (counts.of(&silent), counts.wireguard, counts.missed),
-        (0, 1, 0),
-        "{counts:?}"
-    );
+    assert_eq!((counts.of(&silent), counts.wireguard, counts.missed), (0, 1, 0), "{counts:?}");
     // The other host may quote the datagram in its "port unreachable".
     assert!(counts.of(&sent) >= 1, "{counts:?}");
-    assert!(
-        counts.of(&pinged) >= 2,
-        "a request and its reply: {counts:?}"
-    );
-    assert!(
-        counts.leaks >= 2 && counts.first_leak.as_ref().unwrap().contains("10.9.0.2"),
-        "{counts:?}"
-    );
+    assert!(counts.of(&pinged) >= 2, "a request and its reply: {counts:?}");
+    assert!(counts.leaks >= 2 && counts.first_leak.as_ref().unwrap().contains("10.9.0.2"), "{counts:?}");
 }
 
 #[test]
@@ -189,36 +125,22 @@ fn a_snapshot_is_stable_and_names_what_changed() {
     let before = Snapshot::take(&a, &roots).unwrap();
     first_reply(&a, b_v4(), b"traffic leaves no trace", EVERY, SOON).unwrap();
     transfer(&a, &b, b_v4(), 1000, 1, b"").unwrap();
-    assert_eq!(
-        in_words(&before.diff(&Snapshot::take(&a, &roots).unwrap())),
-        ""
-    );
+    assert_eq!(in_words(&before.diff(&Snapshot::take(&a, &roots).unwrap())), "");
 
     connect(&a, "extra", &b, "extra").unwrap();
-    a.add_address("extra", "10.7.0.1/32".parse().unwrap())
-        .unwrap();
-    a.add_route(
-        818,
-        "10.77.0.0/16".parse().unwrap(),
-        &To::Link("extra".into()),
-    )
-    .unwrap();
-    a.add_route(818, "fd00:77::/64".parse().unwrap(), &To::Unreachable)
-        .unwrap();
+    a.add_address("extra", "10.7.0.1/32".parse().unwrap()).unwrap();
+    a.add_route(818, "10.77.0.0/16".parse().unwrap(), &To::Link("extra".into())).unwrap();
+    a.add_route(818, "fd00:77::/64".parse().unwrap(), &To::Unreachable).unwrap();
     a.add_rule(rtnetlink::IpVersion::V6, 1110, 818).unwrap();
     a.set_sysctl("ipv4/conf/wire/rp_filter", "2").unwrap();
-    let _listener = a
-        .inside(|| Ok(std::net::TcpListener::bind("10.9.0.1:7443")?))
-        .unwrap();
+    let _listener = a.inside(|| Ok(std::net::TcpListener::bind("10.9.0.1:7443")?)).unwrap();
     let mut sleep = Command::new("sleep");
     sleep.arg("1234");
     let mut process = Process::start(&a, sleep, &lab.dir().join("sleep")).unwrap();
     fs::write(files.join("left.txt"), "").unwrap();
     // The name of a process is its own only after exec.
     wait::until_true("sleep to start", SOON, || {
-        Ok(Snapshot::take(&a, &roots)?
-            .of(Kind::Process)
-            .any(|line| line == "sleep 1234"))
+        Ok(Snapshot::take(&a, &roots)?.of(Kind::Process).any(|line| line == "sleep 1234"))
     })
     .unwrap();
     let after = Snapshot::take(&a, &roots).unwrap();
@@ -250,10 +172,7 @@ fn a_snapshot_is_stable_and_names_what_changed() {
     process.crash().unwrap();
     drop(_listener);
     fs::remove_file(files.join("left.txt")).unwrap();
-    assert_eq!(
-        in_words(&before.diff(&Snapshot::take(&a, &roots).unwrap())),
-        ""
-    );
+    assert_eq!(in_words(&before.diff(&Snapshot::take(&a, &roots).unwrap())), "");
 }
 
 #[test]
@@ -266,40 +185,23 @@ fn a_udp_stream_counts_what_a_cut_wire_loses() {
     let whole = UdpStream::start(&a, &b, b_v4(), 500, b"whole").unwrap();
     wait::until_true("200 datagrams", SOON, || Ok(whole.sent() >= 200)).unwrap();
     let totals = whole.stop().unwrap();
-    assert!(
-        totals.sent >= 200 && totals.lost == 0 && totals.duplicate == 0,
-        "{totals:?}"
-    );
+    assert!(totals.sent >= 200 && totals.lost == 0 && totals.duplicate == 0, "{totals:?}");
 
     let echo = EchoStream::start(&a, b_v4(), b"steady".to_vec(), EVERY).unwrap();
     let cut = UdpStream::start(&a, &b, b_v4(), 500, b"cut").unwrap();
     wait::until_true("50 datagrams", SOON, || Ok(cut.sent() >= 50)).unwrap();
     b.set_up("wire", false).unwrap();
     let at_cut = cut.sent();
-    wait::until_true(
-        "100 more datagrams",
-        SOON,
-        || Ok(cut.sent() >= at_cut + 100),
-    )
-    .unwrap();
+    wait::until_true("100 more datagrams", SOON, || Ok(cut.sent() >= at_cut + 100)).unwrap();
     b.set_up("wire", true).unwrap();
     let at_join = cut.sent();
-    wait::until_true("200 more datagrams", SOON, || {
-        Ok(cut.sent() >= at_join + 200)
-    })
-    .unwrap();
+    wait::until_true("200 more datagrams", SOON, || Ok(cut.sent() >= at_join + 200)).unwrap();
     let totals = cut.stop().unwrap();
     // The kernel may keep some of the 100 until the other end has answered for its address again.
     assert!(totals.lost >= 30 && totals.lost < totals.sent, "{totals:?}");
-    assert!(
-        totals.longest_gap >= Duration::from_millis(150),
-        "{totals:?}"
-    );
+    assert!(totals.longest_gap >= Duration::from_millis(150), "{totals:?}");
     let pings = echo.stop().unwrap();
-    assert!(
-        pings.answered > 0 && pings.answered < pings.sent + pings.refused,
-        "{pings:?}"
-    );
+    assert!(pings.answered > 0 && pings.answered < pings.sent + pings.refused, "{pings:?}");
 }
 
 #[test]
@@ -316,21 +218,12 @@ fn a_process_runs_inside_and_ends_with_the_lab() {
         lab.dir(),
     )
     .unwrap();
-    assert_eq!(
-        (answer.stdout.trim(), answer.status.code()),
-        (format!("net:[{}]", a.inode()).as_str(), Some(3))
-    );
+    assert_eq!((answer.stdout.trim(), answer.status.code()), (format!("net:[{}]", a.inode()).as_str(), Some(3)));
     let mut shell = Command::new("/bin/sh");
     shell.args(["-c", "echo up; sleep 4321 & wait"]);
     let process = Process::start(&a, shell, &lab.dir().join("shell")).unwrap();
-    wait::until_true("the shell to speak", SOON, || {
-        Ok(process.stdout()? == "up\n")
-    })
-    .unwrap();
-    wait::until_true("its child to start", SOON, || {
-        Ok(sweep::processes_of(lab.dir()).len() == 2)
-    })
-    .unwrap();
+    wait::until_true("the shell to speak", SOON, || Ok(process.stdout()? == "up\n")).unwrap();
+    wait::until_true("its child to start", SOON, || Ok(sweep::processes_of(lab.dir()).len() == 2)).unwrap();
     let dir = lab.dir().to_owned();
     // The process handle outlives the lab on purpose.
     drop(lab);
@@ -357,19 +250,17 @@ fn nothing_stays_after_a_panic() {
     assert!(ended.is_err());
     let (dir, inode) = told.recv().unwrap();
     // Another test of this process may own a directory of the same name by now, but not these processes.
-    assert!(
-        !in_namespace(inode),
-        "a process still lives in the lab's namespace"
-    );
+    assert!(!in_namespace(inode), "a process still lives in the lab's namespace");
     let _next = Lab::new().unwrap();
     assert!(!dir.join("sleep.out").exists());
 }
 
 fn in_namespace(inode: u64) -> bool {
     let link = format!("net:[{inode}]");
-    fs::read_dir("/proc").unwrap().flatten().any(|entry| {
-        fs::read_link(entry.path().join("ns/net")).is_ok_and(|target| target == Path::new(&link))
-    })
+    fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .any(|entry| fs::read_link(entry.path().join("ns/net")).is_ok_and(|target| target == Path::new(&link)))
 }
 
 /// Names the directory that a copy of this program writes its lab's path to; only such a copy owns a lab to be killed.
@@ -387,16 +278,9 @@ fn owner_of_a_lab() {
     // The shell dies with its owner; its child was not told to.
     shell.args(["-c", "sleep 3456 & wait"]);
     let _process = Process::start(&a, shell, &lab.dir().join("shell")).unwrap();
-    wait::until_true("both processes", SOON, || {
-        Ok(sweep::processes_of(lab.dir()).len() == 2)
-    })
-    .unwrap();
+    wait::until_true("both processes", SOON, || Ok(sweep::processes_of(lab.dir()).len() == 2)).unwrap();
     fs::write(Path::new(&report).join("part"), lab.dir().to_str().unwrap()).unwrap();
-    fs::rename(
-        Path::new(&report).join("part"),
-        Path::new(&report).join("dir"),
-    )
-    .unwrap();
+    fs::rename(Path::new(&report).join("part"), Path::new(&report).join("dir")).unwrap();
     loop {
         std::thread::park();
     }

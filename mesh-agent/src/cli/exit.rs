@@ -7,9 +7,9 @@ use crate::api::ApiError;
 use crate::state::StateError;
 
 pub(super) const OK: u8 = 0;
-const ERROR: u8 = 1;
+pub(super) const ERROR: u8 = 1;
 const USAGE: u8 = 2;
-const NOT_RUNNING: u8 = 3;
+pub(super) const NOT_RUNNING: u8 = 3;
 pub(super) const DEGRADED: u8 = 4;
 const PERMISSION: u8 = 5;
 
@@ -22,12 +22,17 @@ pub(super) struct UsageError(pub(super) String);
 #[error("this machine has no config ({}): run `mesh-agent init` or `mesh-agent join`", config.display())]
 pub(super) struct NeverJoined {
     pub(super) config: PathBuf,
+    /// The exit code: what asks the agent finds none running, what reads the configuration finds an error.
+    pub(super) code: u8,
 }
 
 pub(super) fn code_of(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         if cause.is::<UsageError>() {
             return USAGE;
+        }
+        if let Some(never_joined) = cause.downcast_ref::<NeverJoined>() {
+            return never_joined.code;
         }
         match cause.downcast_ref::<ApiError>() {
             Some(ApiError::NotRunning { .. }) => return NOT_RUNNING,

@@ -36,13 +36,8 @@ fn main() -> ExitCode {
         }
     };
     // No thread exists yet: this may replace the process by itself inside a user namespace.
-    if let Err(why) = isolation::tun_available()
-        .and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())]))
-    {
-        eprintln!(
-            "error: the demo cannot run here: {why}\nhelp: {}",
-            why.help()
-        );
+    if let Err(why) = isolation::tun_available().and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())])) {
+        eprintln!("error: the demo cannot run here: {why}\nhelp: {}", why.help());
         return ExitCode::FAILURE;
     }
     let options = demo::Options {
@@ -64,9 +59,5 @@ fn main() -> ExitCode {
             std::thread::park();
         }
     }
-    if report.ok() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

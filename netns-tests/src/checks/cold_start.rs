@@ -65,46 +65,28 @@ pub fn make_identity(mesh: &mut Mesh, node: usize) -> Result<FreshState> {
 pub fn cold_starts(mesh: &mut Mesh, fresh: &FreshState, runs: usize) -> Result<ColdStarts> {
     let marker = mesh.marker("cold-start")?;
     let (node, others) = mesh.nodes.split_last_mut().context("no node")?;
-    let peers: Vec<IpAddr> = others
-        .iter()
-        .map(|other| other.overlay_v6())
-        .collect::<Result<_>>()?;
-    node.host
-        .add_route(MAIN_TABLE, OVERLAY.parse()?, &To::Unreachable)?;
+    let peers: Vec<IpAddr> = others.iter().map(|other| other.overlay_v6()).collect::<Result<_>>()?;
+    node.host.add_route(MAIN_TABLE, OVERLAY.parse()?, &To::Unreachable)?;
     let times: Result<Vec<_>> = (1..=runs)
         .map(|run| {
             let took = one_start(node, &peers, fresh, marker.bytes());
-            node.explain(took)
-                .with_context(|| format!("cold start {run} of {runs}"))
+            node.explain(took).with_context(|| format!("cold start {run} of {runs}"))
         })
         .collect();
     let planted = node.host.routes(MAIN_TABLE)?.into_iter().find(|route| {
         route.header.kind == netlink_packet_route::route::RouteType::Unreachable
             && route.header.destination_prefix_length == 8
     });
-    node.host
-        .delete_route(planted.context("the planted route is gone")?)?;
+    node.host.delete_route(planted.context("the planted route is gone")?)?;
     let times = times?;
     // The rest of the run wants a node that its peers reach too.
     let node = &*node;
     let address = node.overlay_v6()?;
-    replies(
-        &others
-            .iter()
-            .map(|other| (&other.host, address))
-            .collect::<Vec<_>>(),
-        marker.bytes(),
-        START_WITHIN,
-    )?;
+    replies(&others.iter().map(|other| (&other.host, address)).collect::<Vec<_>>(), marker.bytes(), START_WITHIN)?;
     Ok(summary(times))
 }
 
-fn one_start(
-    node: &mut Node,
-    peers: &[IpAddr],
-    fresh: &FreshState,
-    payload: &[u8],
-) -> Result<Duration> {
+fn one_start(node: &mut Node, peers: &[IpAddr], fresh: &FreshState, payload: &[u8]) -> Result<Duration> {
     node.stop()?;
     node.cleanup()?;
     fs::remove_dir_all(node.state_dir())?;
@@ -116,18 +98,12 @@ fn one_start(
             let pings: Vec<_> = peers
                 .iter()
                 .map(|peer| {
-                    scope.spawn(|| {
-                        first_reply_here(*peer, payload, EVERY, START_WITHIN)
-                            .map(|_| start.elapsed())
-                    })
+                    scope.spawn(|| first_reply_here(*peer, payload, EVERY, START_WITHIN).map(|_| start.elapsed()))
                 })
                 .collect();
             let mut slowest = Duration::ZERO;
             for ping in pings {
-                slowest = slowest.max(
-                    ping.join()
-                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
-                );
+                slowest = slowest.max(ping.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
             }
             Ok(slowest)
         })
@@ -138,16 +114,9 @@ fn summary(mut times: Vec<Duration>) -> ColdStarts {
     times.sort();
     // Nearest rank: with few runs p95 is the maximum.
     let at = |percent: usize| {
-        times
-            .get((times.len() * percent).div_ceil(100).max(1) - 1)
-            .map_or(0, |time| time.as_millis() as u64)
+        times.get((times.len() * percent).div_ceil(100).max(1) - 1).map_or(0, |time| time.as_millis() as u64)
     };
-    ColdStarts {
-        runs: times.len(),
-        p50: at(50),
-        p95: at(95),
-        max: at(100),
-    }
+    ColdStarts { runs: times.len(), p50: at(50), p95: at(95), max: at(100) }
 }
 
 fn copy_dir(from: &Path, to: &Path) -> Result<()> {
@@ -171,38 +140,9 @@ mod tests {
 
     #[test]
     fn percentiles_are_by_nearest_rank() {
-        let times = |count: u64| {
-            (1..=count)
-                .rev()
-                .map(Duration::from_millis)
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(
-            summary(times(20)),
-            ColdStarts {
-                runs: 20,
-                p50: 10,
-                p95: 19,
-                max: 20
-            }
-        );
-        assert_eq!(
-            summary(times(3)),
-            ColdStarts {
-                runs: 3,
-                p50: 2,
-                p95: 3,
-                max: 3
-            }
-        );
-        assert_eq!(
-            summary(Vec::new()),
-            ColdStarts {
-                runs: 0,
-                p50: 0,
-                p95: 0,
-                max: 0
-            }
-        );
+        let times = |count: u64| (1..=count).rev().map(Duration::from_millis).collect::<Vec<_>>();
+        assert_eq!(summary(times(20)), ColdStarts { runs: 20, p50: 10, p95: 19, max: 20 });
+        assert_eq!(summary(times(3)), ColdStarts { runs: 3, p50: 2, p95: 3, max: 3 });
+        assert_eq!(summary(Vec::new()), ColdStarts { runs: 0, p50: 0, p95: 0, max: 0 });
     }
 }

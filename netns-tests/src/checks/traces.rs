@@ -37,20 +37,14 @@ pub fn boolean_off(mesh: &mut Mesh) -> Result<String> {
     node.explain(gone)?;
     let took = start.elapsed();
     node.check_running()?;
-    Ok(format!(
-        "{name} went from {owned} things to none in {} ms, its agent still runs",
-        took.as_millis()
-    ))
+    Ok(format!("{name} went from {owned} things to none in {} ms, its agent still runs", took.as_millis()))
 }
 
 /// Switches the last node on again: it is answered by every peer and answers them.
 pub fn boolean_on(mesh: &mut Mesh) -> Result<String> {
     let marker = mesh.marker("boolean-on-rejoins")?;
     let start = Instant::now();
-    mesh.nodes
-        .last_mut()
-        .context("no node")?
-        .set_enabled(true)?;
+    mesh.nodes.last_mut().context("no node")?.set_enabled(true)?;
     // Before both sides know each other, packets to an overlay address would leave in clear by right.
     mesh.wait_until_formed()?;
     let (node, others) = mesh.nodes.split_last().context("no node")?;
@@ -111,64 +105,34 @@ pub fn nothing_left_behind(mesh: &mut Mesh) -> Result<String> {
 /// The link-local address is left out: the kernel makes a new one for every new link.
 pub fn mesh_state(node: &Node) -> Result<BTreeSet<String>> {
     let snapshot = node.snapshot()?;
-    let of_link =
-        |line: &&str| line.split(' ').next() == Some(MESH_LINK) && !line.contains(" fe80:");
-    let mut state: BTreeSet<String> = snapshot
-        .of(Kind::Link)
-        .filter(of_link)
-        .map(str::to_owned)
-        .collect();
-    state.extend(
-        snapshot
-            .of(Kind::Address)
-            .filter(of_link)
-            .map(str::to_owned),
-    );
+    let of_link = |line: &&str| line.split(' ').next() == Some(MESH_LINK) && !line.contains(" fe80:");
+    let mut state: BTreeSet<String> = snapshot.of(Kind::Link).filter(of_link).map(str::to_owned).collect();
+    state.extend(snapshot.of(Kind::Address).filter(of_link).map(str::to_owned));
     let table = format!(" table {MESH_TABLE} ");
     state.extend(
-        snapshot
-            .of(Kind::Route)
-            .filter(|line| line.contains(&table) && !line.contains(" fe80:"))
-            .map(str::to_owned),
+        snapshot.of(Kind::Route).filter(|line| line.contains(&table) && !line.contains(" fe80:")).map(str::to_owned),
     );
     let rule = format!("pref {MESH_RULE}");
     state.extend(
         snapshot
             .of(Kind::Rule)
-            .filter(|line| {
-                line.split_once(&rule)
-                    .is_some_and(|(_, rest)| rest.is_empty() || rest.starts_with(' '))
-            })
+            .filter(|line| line.split_once(&rule).is_some_and(|(_, rest)| rest.is_empty() || rest.starts_with(' ')))
             .map(str::to_owned),
     );
     Ok(state)
 }
 
 /// Waits until a node's [`mesh_state`] is what it was.
-pub fn wait_same_state(
-    node: &Node,
-    whole: &BTreeSet<String>,
-    within: Duration,
-) -> Result<Duration> {
+pub fn wait_same_state(node: &Node, whole: &BTreeSet<String>, within: Duration) -> Result<Duration> {
     let mut last = BTreeSet::new();
     wait::until_true("all to be back", within, || {
         last = mesh_state(node)?;
         Ok(last == *whole)
     })
     .with_context(|| {
-        let missing: Vec<_> = whole
-            .difference(&last)
-            .map(|line| format!("- {line}"))
-            .collect();
-        let extra: Vec<_> = last
-            .difference(whole)
-            .map(|line| format!("+ {line}"))
-            .collect();
-        format!(
-            "not as before:\n{}\n{}",
-            missing.join("\n"),
-            extra.join("\n")
-        )
+        let missing: Vec<_> = whole.difference(&last).map(|line| format!("- {line}")).collect();
+        let extra: Vec<_> = last.difference(whole).map(|line| format!("+ {line}")).collect();
+        format!("not as before:\n{}\n{}", missing.join("\n"), extra.join("\n"))
     })
 }
 

@@ -42,9 +42,7 @@ pub struct Report {
 
 impl Report {
     pub fn ok(&self) -> bool {
-        !self.checks.is_empty()
-            && self.checks.iter().all(|check| check.ok)
-            && self.cold_start_ms.is_some()
+        !self.checks.is_empty() && self.checks.iter().all(|check| check.ok) && self.cold_start_ms.is_some()
     }
 
     /// Adds a verdict and gives it back.
@@ -53,12 +51,7 @@ impl Report {
             Ok(detail) => (true, detail),
             Err(error) => (false, format!("{error:#}")),
         };
-        let check = Check {
-            name,
-            ok,
-            ms: took.as_millis() as u64,
-            detail,
-        };
+        let check = Check { name, ok, ms: took.as_millis() as u64, detail };
         self.checks.push(check.clone());
         check
     }
@@ -67,22 +60,14 @@ impl Report {
     pub fn all_failed(&mut self, why: &str) {
         self.checks.clear();
         for name in CHECKS {
-            let detail = if self.checks.is_empty() {
-                why
-            } else {
-                "not checked"
-            };
+            let detail = if self.checks.is_empty() { why } else { "not checked" };
             self.add(name, Duration::ZERO, Err(anyhow!("{detail}")));
         }
     }
 
     /// One line of JSON.
     pub fn json(&self) -> String {
-        let line = Line {
-            ok: self.ok(),
-            checks: &self.checks,
-            cold_start_ms: self.cold_start_ms.as_ref(),
-        };
+        let line = Line { ok: self.ok(), checks: &self.checks, cold_start_ms: self.cold_start_ms.as_ref() };
         serde_json::to_string(&line).expect("names, numbers and texts are always JSON")
     }
 
@@ -93,12 +78,7 @@ impl Report {
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_header(["CHECK", "OK", "MS", "DETAIL"]);
         for check in &self.checks {
-            table.add_row([
-                check.name,
-                if check.ok { "yes" } else { "NO" },
-                &check.ms.to_string(),
-                &check.detail,
-            ]);
+            table.add_row([check.name, if check.ok { "yes" } else { "NO" }, &check.ms.to_string(), &check.detail]);
         }
         table.to_string()
     }
@@ -120,12 +100,7 @@ mod tests {
     fn passed() -> Report {
         let mut report = Report::default();
         report.add("pod-to-pod", Duration::from_millis(7), Ok("fine".into()));
-        report.cold_start_ms = Some(ColdStarts {
-            runs: 1,
-            p50: 2,
-            p95: 3,
-            max: 4,
-        });
+        report.cold_start_ms = Some(ColdStarts { runs: 1, p50: 2, p95: 3, max: 4 });
         report
     }
 
@@ -133,35 +108,15 @@ mod tests {
     fn one_failed_check_fails_the_run() {
         let mut report = passed();
         assert!(report.ok());
-        report.add(
-            "pod-to-node",
-            Duration::ZERO,
-            Err(anyhow::anyhow!("inner").context("outer")),
-        );
+        report.add("pod-to-node", Duration::ZERO, Err(anyhow::anyhow!("inner").context("outer")));
         assert!(!report.ok());
-        assert!(
-            report.table().contains("outer: inner"),
-            "{}",
-            report.table()
-        );
+        assert!(report.table().contains("outer: inner"), "{}", report.table());
     }
 
     #[test]
     fn missing_cold_starts_or_checks_fail_the_run() {
-        assert!(
-            !Report {
-                cold_start_ms: None,
-                ..passed()
-            }
-            .ok()
-        );
-        assert!(
-            !Report {
-                checks: Vec::new(),
-                ..passed()
-            }
-            .ok()
-        );
+        assert!(!Report { cold_start_ms: None, ..passed() }.ok());
+        assert!(!Report { checks: Vec::new(), ..passed() }.ok());
         let mut report = Report::default();
         report.all_failed("no");
         assert_eq!((report.ok(), report.checks.len()), (false, 12));
@@ -170,20 +125,13 @@ mod tests {
     #[test]
     fn the_json_line_has_the_agreed_shape() {
         let line = passed().json();
-        assert!(
-            line.starts_with(r#"{"ok":true,"checks":[{"name":"pod-to-pod","#)
-                && !line.contains('\n'),
-            "{line}"
-        );
+        assert!(line.starts_with(r#"{"ok":true,"checks":[{"name":"pod-to-pod","#) && !line.contains('\n'), "{line}");
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(value["ok"], true);
         assert_eq!(
             value["checks"][0],
             serde_json::json!({"name": "pod-to-pod", "ok": true, "ms": 7, "detail": "fine"})
         );
-        assert_eq!(
-            value["cold_start_ms"],
-            serde_json::json!({"runs": 1, "p50": 2, "p95": 3, "max": 4})
-        );
+        assert_eq!(value["cold_start_ms"], serde_json::json!({"runs": 1, "p50": 2, "p95": 3, "max": 4}));
     }
 }

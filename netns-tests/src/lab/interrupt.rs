@@ -38,10 +38,7 @@ fn living<T>(change: impl FnOnce(&mut BTreeSet<PathBuf>) -> T) -> T {
 }
 
 fn watch(ready: &std::sync::mpsc::Sender<Result<()>>) {
-    let runtime = match tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-    {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             let _ = ready.send(Err(error.into()));
@@ -50,11 +47,7 @@ fn watch(ready: &std::sync::mpsc::Sender<Result<()>>) {
     };
     let caught = runtime.block_on(async {
         let mut streams = Vec::new();
-        for kind in [
-            SignalKind::interrupt(),
-            SignalKind::terminate(),
-            SignalKind::hangup(),
-        ] {
+        for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
             match signal(kind) {
                 Ok(stream) => streams.push((kind, stream)),
                 Err(error) => {

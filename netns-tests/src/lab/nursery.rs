@@ -48,10 +48,7 @@ impl Nursery {
                 }
             })
             .context("cannot start the thread for child processes")?;
-        Ok(Self {
-            dir,
-            thread: Mutex::new(Some((orders, thread))),
-        })
+        Ok(Self { dir, thread: Mutex::new(Some((orders, thread))) })
     }
 
     /// Starts `command` inside `netns`, marked as a child of this lab. It dies with the lab, whatever ends the lab.
@@ -61,24 +58,14 @@ impl Nursery {
         {
             let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
             let (orders, _) = thread.as_ref().context("the lab has ended")?;
-            orders
-                .send((command, netns, reply))
-                .ok()
-                .context("the thread for child processes ended")?;
+            orders.send((command, netns, reply)).ok().context("the thread for child processes ended")?;
         }
-        answer
-            .recv()
-            .context("the thread for child processes ended")?
-            .context("cannot start the process")
+        answer.recv().context("the thread for child processes ended")?.context("cannot start the process")
     }
 
     /// Ends the thread and with it, by their death signal, the children.
     pub(crate) fn close(&self) {
-        let taken = self
-            .thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let taken = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some((orders, thread)) = taken {
             drop(orders);
             let _ = thread.join();

@@ -29,9 +29,7 @@ const USER_NAMESPACE: &str = "user-namespace";
 /// user's own first process, which can look into all of them.
 pub fn sweep_dead_labs(base: &Path) {
     for dir in labs_under(base) {
-        if !is_rootless()
-            || fs::read_to_string(dir.join(USER_NAMESPACE)).ok() == own_user_namespace()
-        {
+        if !is_rootless() || fs::read_to_string(dir.join(USER_NAMESPACE)).ok() == own_user_namespace() {
             remove_lab(&dir);
         }
     }
@@ -39,19 +37,11 @@ pub fn sweep_dead_labs(base: &Path) {
 
 /// Says in a new lab directory who can sweep it.
 pub(crate) fn sign(dir: &Path) -> std::io::Result<()> {
-    fs::write(
-        dir.join(USER_NAMESPACE),
-        own_user_namespace().unwrap_or_default(),
-    )
+    fs::write(dir.join(USER_NAMESPACE), own_user_namespace().unwrap_or_default())
 }
 
 fn own_user_namespace() -> Option<String> {
-    Some(
-        fs::read_link("/proc/self/ns/user")
-            .ok()?
-            .to_string_lossy()
-            .into_owned(),
-    )
+    Some(fs::read_link("/proc/self/ns/user").ok()?.to_string_lossy().into_owned())
 }
 
 /// Kills the processes of one lab and removes its directory. What another user owns stays; nothing fails.
@@ -78,11 +68,8 @@ pub fn processes_of(dir: &Path) -> Vec<Pid> {
         .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
         .filter(|pid| *pid != own)
         .filter(|pid| {
-            fs::read(format!("/proc/{pid}/environ")).is_ok_and(|environ| {
-                environ
-                    .split(|byte| *byte == 0)
-                    .any(|pair| pair == mark.as_bytes())
-            })
+            fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|pair| pair == mark.as_bytes()))
         })
         .map(|pid| Pid::from_raw(pid.cast_signed()))
         .collect()

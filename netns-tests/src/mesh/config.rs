@@ -43,26 +43,15 @@ impl NodeConfig {
         line(format!("  listenPort: {}", self.listen_port));
         if !self.pod_cidrs.is_empty() {
             line("  podCIDRs:".into());
-            self.pod_cidrs
-                .iter()
-                .for_each(|prefix| line(format!("    - \"{prefix}\"")));
+            self.pod_cidrs.iter().for_each(|prefix| line(format!("    - \"{prefix}\"")));
         }
-        self.more_mesh
-            .iter()
-            .for_each(|more| line(format!("  {more}")));
-        line(format!(
-            "cluster:\n  id: {}\n  secretFile: {}",
-            self.cluster_id,
-            self.secret_file.display()
-        ));
+        self.more_mesh.iter().for_each(|more| line(format!("  {more}")));
+        line(format!("cluster:\n  id: {}\n  secretFile: {}", self.cluster_id, self.secret_file.display()));
         if !self.discovery.is_empty() {
             line("discovery:".into());
-            self.discovery.iter().for_each(|server| {
-                line(format!(
-                    "  - endpoint: \"{}\"\n    pin: \"{}\"",
-                    server.endpoint, server.pin
-                ))
-            });
+            self.discovery
+                .iter()
+                .for_each(|server| line(format!("  - endpoint: \"{}\"\n    pin: \"{}\"", server.endpoint, server.pin)));
         }
         yaml
     }

@@ -69,13 +69,7 @@ pub struct StatusPeer {
 }
 
 impl Node {
-    pub(crate) fn new(
-        binaries: &Binaries,
-        host: Host,
-        dir: &Path,
-        address: IpAddr,
-        secret: &str,
-    ) -> Result<Self> {
+    pub(crate) fn new(binaries: &Binaries, host: Host, dir: &Path, address: IpAddr, secret: &str) -> Result<Self> {
         for part in ["etc", "run", "log"] {
             fs::create_dir_all(dir.join(part))?;
         }
@@ -124,15 +118,11 @@ impl Node {
     }
 
     pub fn overlay_v4(&self) -> Result<IpAddr> {
-        self.overlay
-            .map(|(v4, _)| v4.into())
-            .with_context(|| format!("{} has no overlay address yet", self.name()))
+        self.overlay.map(|(v4, _)| v4.into()).with_context(|| format!("{} has no overlay address yet", self.name()))
     }
 
     pub fn overlay_v6(&self) -> Result<IpAddr> {
-        self.overlay
-            .map(|(_, v6)| v6.into())
-            .with_context(|| format!("{} has no overlay address yet", self.name()))
+        self.overlay.map(|(_, v6)| v6.into()).with_context(|| format!("{} has no overlay address yet", self.name()))
     }
 
     pub fn write_config(&self) -> Result<()> {
@@ -150,26 +140,18 @@ impl Node {
             .arg(self.state_dir())
             .arg("--socket")
             .arg(self.socket_path());
-        self.process = Some(Process::start(
-            &self.host,
-            command,
-            &self.dir.join("log/agent"),
-        )?);
+        self.process = Some(Process::start(&self.host, command, &self.dir.join("log/agent"))?);
         Ok(())
     }
 
     /// Ends the agent as a crash would.
     pub fn crash(&mut self) -> Result<()> {
-        self.process
-            .take()
-            .map_or(Ok(()), |mut process| process.crash())
+        self.process.take().map_or(Ok(()), |mut process| process.crash())
     }
 
     /// SIGTERM, then waits for the end.
     pub fn stop(&mut self) -> Result<()> {
-        self.process.take().map_or(Ok(()), |mut process| {
-            process.terminate(STOP_WITHIN).map(drop)
-        })
+        self.process.take().map_or(Ok(()), |mut process| process.terminate(STOP_WITHIN).map(drop))
     }
 
     /// Has the agent read its config again.
@@ -202,34 +184,15 @@ impl Node {
     }
 
     pub fn status(&self) -> Result<Status> {
-        let answer = self.cli(&[
-            "status",
-            "--socket",
-            &self.socket_path().to_string_lossy(),
-            "-o",
-            "json",
-        ])?;
+        let answer = self.cli(&["status", "--socket", &self.socket_path().to_string_lossy(), "-o", "json"])?;
         serde_json::from_str(&answer.stdout).with_context(|| {
-            format!(
-                "status ended with {}: {}{}",
-                answer.status,
-                answer.stdout.trim(),
-                answer.stderr.trim()
-            )
+            format!("status ended with {}: {}{}", answer.status, answer.stdout.trim(), answer.stderr.trim())
         })
     }
 
     /// What a person sees.
     pub fn status_table(&self) -> Result<String> {
-        Ok(self
-            .cli(&[
-                "status",
-                "--socket",
-                &self.socket_path().to_string_lossy(),
-                "-o",
-                "table",
-            ])?
-            .stdout)
+        Ok(self.cli(&["status", "--socket", &self.socket_path().to_string_lossy(), "-o", "table"])?.stdout)
     }
 
     pub fn down(&self) -> Result<()> {
@@ -263,9 +226,7 @@ impl Node {
     /// Adds the end of the agent's log to an error.
     pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
         match &self.process {
-            Some(process) => process
-                .explain(result)
-                .with_context(|| format!("on {}", self.name())),
+            Some(process) => process.explain(result).with_context(|| format!("on {}", self.name())),
             None => result,
         }
     }

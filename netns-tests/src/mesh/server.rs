@@ -39,25 +39,13 @@ impl Server {
         ttl: Option<Duration>,
     ) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        Ok(Self {
-            host,
-            address,
-            program: binaries.server.clone(),
-            dir: dir.to_owned(),
-            ttl,
-            starts: 0,
-            process: None,
-        })
+        Ok(Self { host, address, program: binaries.server.clone(), dir: dir.to_owned(), ttl, starts: 0, process: None })
     }
 
     /// Starts the server and waits until it has said where it is.
     pub fn start(&mut self) -> Result<ServerAddress> {
         let mut command = Command::new(&self.program);
-        for (flag, port) in [
-            ("--listen", SESSION_PORT),
-            ("--stun", STUN_PORT),
-            ("--http", HTTP_PORT),
-        ] {
+        for (flag, port) in [("--listen", SESSION_PORT), ("--stun", STUN_PORT), ("--http", HTTP_PORT)] {
             command.arg(flag).arg(format!("{}:{port}", self.address));
         }
         command.arg("--state-dir").arg(self.dir.join("state"));
@@ -66,11 +54,7 @@ impl Server {
         }
         // Output of its own for each start: an old endpoint must not be read as the new one.
         self.starts += 1;
-        let mut process = Process::start(
-            &self.host,
-            command,
-            &self.dir.join(format!("log-{}", self.starts)),
-        )?;
+        let mut process = Process::start(&self.host, command, &self.dir.join(format!("log-{}", self.starts)))?;
         let said = wait::until_or_dead(
             "the discovery server to print its endpoint and pin",
             START_WITHIN,
@@ -78,14 +62,8 @@ impl Server {
             Process::check_running,
             |process| {
                 let said = process.stdout()?;
-                let value = |key: &str| {
-                    said.lines()
-                        .find_map(|line| line.strip_prefix(key))
-                        .map(str::to_owned)
-                };
-                Ok(value("endpoint=")
-                    .zip(value("pin="))
-                    .map(|(endpoint, pin)| ServerAddress { endpoint, pin }))
+                let value = |key: &str| said.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned);
+                Ok(value("endpoint=").zip(value("pin=")).map(|(endpoint, pin)| ServerAddress { endpoint, pin }))
             },
         );
         let (address, _) = process.explain(said)?;
@@ -95,16 +73,12 @@ impl Server {
 
     /// Ends it as a crash would.
     pub fn crash(&mut self) -> Result<()> {
-        self.process
-            .take()
-            .map_or(Ok(()), |mut process| process.crash())
+        self.process.take().map_or(Ok(()), |mut process| process.crash())
     }
 
     /// Asks it to end and waits.
     pub fn stop(&mut self) -> Result<()> {
-        self.process.take().map_or(Ok(()), |mut process| {
-            process.terminate(STOP_WITHIN).map(drop)
-        })
+        self.process.take().map_or(Ok(()), |mut process| process.terminate(STOP_WITHIN).map(drop))
     }
 
     pub fn is_running(&self) -> bool {

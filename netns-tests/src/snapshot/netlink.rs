@@ -20,10 +20,7 @@ type Names = BTreeMap<u32, String>;
 pub(super) fn dump(snapshot: &mut Snapshot) -> Result<()> {
     converse(|handle| async move {
         let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
-        let names: Names = links
-            .iter()
-            .map(|link| (link.header.index, name_of(link)))
-            .collect();
+        let names: Names = links.iter().map(|link| (link.header.index, name_of(link))).collect();
         for link in &links {
             snapshot.add(Kind::Link, link_text(link, &names));
         }
@@ -52,19 +49,12 @@ fn name_of(link: &LinkMessage) -> String {
 }
 
 fn named(names: &Names, index: u32) -> String {
-    names
-        .get(&index)
-        .cloned()
-        .unwrap_or_else(|| format!("#{index}"))
+    names.get(&index).cloned().unwrap_or_else(|| format!("#{index}"))
 }
 
 fn link_text(link: &LinkMessage, names: &Names) -> String {
     let mut text = name_of(link);
-    text += if link.header.flags.contains(LinkFlags::Up) {
-        " up"
-    } else {
-        " down"
-    };
+    text += if link.header.flags.contains(LinkFlags::Up) { " up" } else { " down" };
     for attribute in &link.attributes {
         let _ = match attribute {
             LinkAttribute::Mtu(mtu) => write!(text, " mtu {mtu}"),
@@ -93,29 +83,18 @@ fn address_text(address: &AddressMessage, names: &Names) -> String {
 
 fn route_text(route: &RouteMessage, names: &Names) -> String {
     let header = &route.header;
-    let family = if header.address_family == AddressFamily::Inet6 {
-        "v6"
-    } else {
-        "v4"
-    };
+    let family = if header.address_family == AddressFamily::Inet6 { "v6" } else { "v4" };
     let mut rest = String::new();
     let mut destination = "default".to_owned();
     for attribute in &route.attributes {
         let _ = match attribute {
             RouteAttribute::Destination(address) => {
-                destination = format!(
-                    "{}/{}",
-                    address_of(address),
-                    header.destination_prefix_length
-                );
+                destination = format!("{}/{}", address_of(address), header.destination_prefix_length);
                 Ok(())
             }
-            RouteAttribute::Source(address) => write!(
-                rest,
-                " from {}/{}",
-                address_of(address),
-                header.source_prefix_length
-            ),
+            RouteAttribute::Source(address) => {
+                write!(rest, " from {}/{}", address_of(address), header.source_prefix_length)
+            }
             RouteAttribute::Gateway(address) => write!(rest, " via {}", address_of(address)),
             RouteAttribute::Via(via) => write!(rest, " via {via:?}"),
             RouteAttribute::Oif(index) => write!(rest, " dev {}", named(names, *index)),
@@ -145,11 +124,7 @@ fn address_of(address: &RouteAddress) -> String {
 
 fn rule_text(rule: &RuleMessage) -> String {
     let header = &rule.header;
-    let family = if header.family == AddressFamily::Inet6 {
-        "v6"
-    } else {
-        "v4"
-    };
+    let family = if header.family == AddressFamily::Inet6 { "v6" } else { "v4" };
     let mut parts: Vec<String> = rule
         .attributes
         .iter()
@@ -158,18 +133,13 @@ fn rule_text(rule: &RuleMessage) -> String {
             RuleAttribute::FwMark(mark) => Some(format!("fwmark {mark:#x}")),
             RuleAttribute::FwMask(mask) => Some(format!("mask {mask:#x}")),
             RuleAttribute::Table(table) => Some(format!("lookup {table}")),
-            RuleAttribute::SuppressPrefixLen(u32::MAX)
-            | RuleAttribute::SuppressIfGroup(u32::MAX) => None,
+            RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::SuppressIfGroup(u32::MAX) => None,
             RuleAttribute::Protocol(protocol) => Some(format!("proto {protocol}")),
             other => Some(format!("{other:?}")),
         })
         .collect();
     parts.sort();
     // The kernel gives the default rule of priority 0 no priority attribute.
-    let not = if header.flags.contains(RuleFlags::Invert) {
-        "not "
-    } else {
-        ""
-    };
+    let not = if header.flags.contains(RuleFlags::Invert) { "not " } else { "" };
     format!("{family} {not}{} {:?}", parts.join(" "), header.action)
 }

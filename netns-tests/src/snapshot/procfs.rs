@@ -28,10 +28,7 @@ pub(super) fn dump(snapshot: &mut Snapshot, netns: u64) -> Result<()> {
     for line in read_net("packet")?.lines().skip(1) {
         let fields: Vec<&str> = line.split_whitespace().collect();
         if let [_, _, kind, protocol, interface, ..] = fields[..] {
-            snapshot.add(
-                Kind::Socket,
-                format!("packet type {kind} protocol {protocol} interface {interface}"),
-            );
+            snapshot.add(Kind::Socket, format!("packet type {kind} protocol {protocol} interface {interface}"));
         }
     }
     for line in read_net("unix")?.lines().skip(1) {
@@ -57,11 +54,7 @@ fn inet_socket(protocol: &str, line: &str) -> Option<String> {
     if protocol.starts_with("tcp") && state == TIME_WAIT {
         return None;
     }
-    Some(format!(
-        "{protocol} {} -> {} state {state}",
-        endpoint(local)?,
-        endpoint(remote)?
-    ))
+    Some(format!("{protocol} {} -> {} state {state}", endpoint(local)?, endpoint(remote)?))
 }
 
 /// `0100007F:1F90`: the address in words of host byte order, the port in plain hex.
@@ -70,11 +63,7 @@ fn endpoint(text: &str) -> Option<String> {
     let port = u16::from_str_radix(port, 16).ok()?;
     let mut bytes = Vec::new();
     for start in (0..address.len()).step_by(8) {
-        bytes.extend(
-            u32::from_str_radix(address.get(start..start + 8)?, 16)
-                .ok()?
-                .to_ne_bytes(),
-        );
+        bytes.extend(u32::from_str_radix(address.get(start..start + 8)?, 16).ok()?.to_ne_bytes());
     }
     let ip: IpAddr = match bytes.len() {
         4 => Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into(),
@@ -86,23 +75,13 @@ fn endpoint(text: &str) -> Option<String> {
 
 fn processes(snapshot: &mut Snapshot, netns: u64) -> Result<()> {
     for entry in fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<u32>().ok())
-        else {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
         // A process that ends meanwhile is not there.
-        let lives_here = fs::metadata(format!("/proc/{pid}/ns/net"))
-            .is_ok_and(|namespace| namespace.ino() == netns);
+        let lives_here = fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|namespace| namespace.ino() == netns);
         if lives_here && let Ok(argv) = fs::read(format!("/proc/{pid}/cmdline")) {
-            snapshot.add(
-                Kind::Process,
-                String::from_utf8_lossy(&argv)
-                    .trim_end_matches('\0')
-                    .replace('\0', " "),
-            );
+            snapshot.add(Kind::Process, String::from_utf8_lossy(&argv).trim_end_matches('\0').replace('\0', " "));
         }
     }
     Ok(())
@@ -119,10 +98,7 @@ fn switches(snapshot: &mut Snapshot) -> Result<()> {
         ("ipv6", "disable_ipv6"),
     ] {
         for link in fs::read_dir(format!("/proc/sys/net/{family}/conf"))?.flatten() {
-            keys.push(format!(
-                "{family}/conf/{}/{switch}",
-                link.file_name().to_string_lossy()
-            ));
+            keys.push(format!("{family}/conf/{}/{switch}", link.file_name().to_string_lossy()));
         }
     }
     for key in keys {
@@ -141,14 +117,8 @@ mod tests {
     #[test]
     fn socket_lines_read_as_addresses() {
         let line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12345 1";
-        assert_eq!(
-            inet_socket("tcp", line).unwrap(),
-            "tcp 127.0.0.1 port 8080 -> 0.0.0.0 port 0 state 0A"
-        );
+        assert_eq!(inet_socket("tcp", line).unwrap(), "tcp 127.0.0.1 port 8080 -> 0.0.0.0 port 0 state 0A");
         assert_eq!(inet_socket("tcp", &line.replace(" 0A ", " 06 ")), None);
-        assert_eq!(
-            endpoint("00000000000000000000000001000000:0035").unwrap(),
-            "::1 port 53"
-        );
+        assert_eq!(endpoint("00000000000000000000000001000000:0035").unwrap(), "::1 port 53");
     }
 }

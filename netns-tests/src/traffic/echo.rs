@@ -22,23 +22,12 @@ static NEXT_ID: AtomicU16 = AtomicU16::new(1);
 /// Sends an echo request from `host` to `to` every `every` until a reply with the same payload comes; the time it took.
 ///
 /// A refused send (no route yet) is tried again. The error names what the last one said.
-pub fn first_reply(
-    host: &Host,
-    to: IpAddr,
-    payload: &[u8],
-    every: Duration,
-    within: Duration,
-) -> Result<Duration> {
+pub fn first_reply(host: &Host, to: IpAddr, payload: &[u8], every: Duration, within: Duration) -> Result<Duration> {
     host.inside(|| first_reply_here(to, payload, every, within))
 }
 
 /// The same in the calling thread's namespace.
-pub fn first_reply_here(
-    to: IpAddr,
-    payload: &[u8],
-    every: Duration,
-    within: Duration,
-) -> Result<Duration> {
+pub fn first_reply_here(to: IpAddr, payload: &[u8], every: Duration, within: Duration) -> Result<Duration> {
     let start = Instant::now();
     let mut echo = Echo::open(to, payload)?;
     let mut refused = None;
@@ -92,10 +81,7 @@ impl EchoStream {
                 Ok(totals)
             }
         })?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { stop, thread: Some(thread) })
     }
 
     pub fn stop(mut self) -> Result<EchoTotals> {
@@ -105,11 +91,7 @@ impl EchoStream {
     fn join(&mut self) -> Option<Result<EchoTotals>> {
         self.stop.store(true, Ordering::Relaxed);
         let thread = self.thread.take()?;
-        Some(
-            thread
-                .join()
-                .unwrap_or_else(|_| Err(anyhow!("the echo thread panicked"))),
-        )
+        Some(thread.join().unwrap_or_else(|_| Err(anyhow!("the echo thread panicked"))))
     }
 }
 
@@ -132,22 +114,11 @@ struct Echo<'a> {
 
 impl<'a> Echo<'a> {
     fn open(to: IpAddr, payload: &'a [u8]) -> Result<Self> {
-        let (domain, protocol) = if to.is_ipv6() {
-            (Domain::IPV6, Protocol::ICMPV6)
-        } else {
-            (Domain::IPV4, Protocol::ICMPV4)
-        };
-        let socket =
-            Socket::new(domain, Type::RAW, Some(protocol)).context("cannot open a raw socket")?;
+        let (domain, protocol) =
+            if to.is_ipv6() { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
+        let socket = Socket::new(domain, Type::RAW, Some(protocol)).context("cannot open a raw socket")?;
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Ok(Self {
-            socket,
-            to,
-            id,
-            sequence: 0,
-            payload,
-            buffer: vec![0; 64 * 1024],
-        })
+        Ok(Self { socket, to, id, sequence: 0, payload, buffer: vec![0; 64 * 1024] })
     }
 
     fn request(&mut self) -> std::io::Result<()> {
@@ -162,9 +133,7 @@ impl<'a> Echo<'a> {
             let sum = internet_checksum(&message);
             message[2..4].copy_from_slice(&sum.to_be_bytes());
         }
-        self.socket
-            .send_to(&message, &SocketAddr::new(self.to, 0).into())
-            .map(drop)
+        self.socket.send_to(&message, &SocketAddr::new(self.to, 0).into()).map(drop)
     }
 
     /// True for a reply to any of our requests that carries our payload; false at the deadline.
@@ -174,16 +143,13 @@ impl<'a> Echo<'a> {
             if left.is_zero() {
                 return Ok(false);
             }
-            self.socket
-                .set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
             match (&self.socket).read(&mut self.buffer) {
                 Ok(length) if self.is_our_reply(&self.buffer[..length]) => return Ok(true),
                 Ok(_) => {}
                 Err(error)
-                    if matches!(
-                        error.kind(),
-                        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-                    ) => {}
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+                }
                 // Pending errors of earlier requests, such as "host unreachable", arrive here.
                 Err(error) if error.raw_os_error().is_some() => {}
                 Err(error) => return Err(error.into()),
@@ -204,10 +170,7 @@ impl<'a> Echo<'a> {
             ),
         };
         message.is_some_and(|m| {
-            m.len() >= 8
-                && m[0] == kind
-                && m[4..6] == self.id.to_be_bytes()
-                && &m[8..] == self.payload
+            m.len() >= 8 && m[0] == kind && m[4..6] == self.id.to_be_bytes() && &m[8..] == self.payload
         })
     }
 }

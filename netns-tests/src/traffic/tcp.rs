@@ -28,21 +28,10 @@ pub struct Transfer {
 }
 
 /// Sends `bytes` bytes made from `seed`, with `marker` strewn in, from `from` to `to_address` on `to`.
-pub fn transfer(
-    from: &Host,
-    to: &Host,
-    to_address: IpAddr,
-    bytes: u64,
-    seed: u64,
-    marker: &[u8],
-) -> Result<Transfer> {
-    ensure!(
-        marker.len() <= MARKER_EVERY,
-        "the marker is longer than {MARKER_EVERY} bytes"
-    );
+pub fn transfer(from: &Host, to: &Host, to_address: IpAddr, bytes: u64, seed: u64, marker: &[u8]) -> Result<Transfer> {
+    ensure!(marker.len() <= MARKER_EVERY, "the marker is longer than {MARKER_EVERY} bytes");
     let listener = to.inside(|| {
-        TcpListener::bind(SocketAddr::new(to_address, 0))
-            .with_context(|| format!("cannot listen on {to_address}"))
+        TcpListener::bind(SocketAddr::new(to_address, 0)).with_context(|| format!("cannot listen on {to_address}"))
     })?;
     let target = listener.local_addr()?;
     // The sender learns that all arrived by the receiver's close; it is started second and connects to a bound socket.
@@ -53,22 +42,15 @@ pub fn transfer(
         // Frees a receiver that still waits for a connection.
         let _ = to.inside(|| Ok(TcpStream::connect(target)?));
     }
-    let received = receiver
-        .join()
-        .map_err(|_| anyhow!("the TCP receiver panicked"))?;
+    let received = receiver.join().map_err(|_| anyhow!("the TCP receiver panicked"))?;
     let sha256_sent = sent?;
     let (sha256_received, arrived) = received?;
-    Ok(Transfer {
-        bytes: arrived,
-        took: start.elapsed(),
-        sha256_sent,
-        sha256_received,
-    })
+    Ok(Transfer { bytes: arrived, took: start.elapsed(), sha256_sent, sha256_received })
 }
 
 fn send(target: SocketAddr, bytes: u64, seed: u64, marker: &[u8]) -> Result<[u8; 32]> {
-    let mut stream = TcpStream::connect_timeout(&target, CONNECT_WITHIN)
-        .with_context(|| format!("cannot connect to {target}"))?;
+    let mut stream =
+        TcpStream::connect_timeout(&target, CONNECT_WITHIN).with_context(|| format!("cannot connect to {target}"))?;
     stream.set_write_timeout(Some(STALL))?;
     stream.set_read_timeout(Some(STALL))?;
     let mut source = SeededBytes(seed);
@@ -84,16 +66,12 @@ fn send(target: SocketAddr, bytes: u64, seed: u64, marker: &[u8]) -> Result<[u8;
             }
         }
         hash.update(&block[..length]);
-        stream
-            .write_all(&block[..length])
-            .context("the transfer stalled")?;
+        stream.write_all(&block[..length]).context("the transfer stalled")?;
         left -= length as u64;
     }
     stream.shutdown(std::net::Shutdown::Write)?;
     // Nothing comes back; the read ends when the receiver has everything and closes.
-    stream
-        .read_to_end(&mut Vec::new())
-        .context("the receiver did not finish")?;
+    stream.read_to_end(&mut Vec::new()).context("the receiver did not finish")?;
     Ok(hash.finalize().into())
 }
 

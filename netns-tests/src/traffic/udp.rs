@@ -46,23 +46,13 @@ pub struct UdpTotals {
 
 impl UdpStream {
     /// Sends `per_second` datagrams from `from` to `to_address` on `to`, each with its number and `payload`.
-    pub fn start(
-        from: &Host,
-        to: &Host,
-        to_address: IpAddr,
-        per_second: u32,
-        payload: &[u8],
-    ) -> Result<Self> {
+    pub fn start(from: &Host, to: &Host, to_address: IpAddr, per_second: u32, payload: &[u8]) -> Result<Self> {
         let inbox = to.inside(|| {
-            UdpSocket::bind(SocketAddr::new(to_address, 0))
-                .with_context(|| format!("cannot receive on {to_address}"))
+            UdpSocket::bind(SocketAddr::new(to_address, 0)).with_context(|| format!("cannot receive on {to_address}"))
         })?;
         let target = inbox.local_addr()?;
-        let (stop, sender_done, sent) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicU64::new(0)),
-        );
+        let (stop, sender_done, sent) =
+            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let receiver = to.start_inside({
             let (done, sent) = (Arc::clone(&sender_done), Arc::clone(&sent));
             move || receive(&inbox, &done, &sent)
@@ -71,13 +61,7 @@ impl UdpStream {
             let (stop, sent, payload) = (Arc::clone(&stop), Arc::clone(&sent), payload.to_vec());
             move || send(target, per_second, &payload, &stop, &sent)
         })?;
-        Ok(Self {
-            stop,
-            sent,
-            sender: Some(sender),
-            receiver: Some(receiver),
-            sender_done,
-        })
+        Ok(Self { stop, sent, sender: Some(sender), receiver: Some(receiver), sender_done })
     }
 
     /// Numbers given out so far.
@@ -132,9 +116,7 @@ pub fn send_clear(from: &Host, to: SocketAddr, payload: &[u8], mark: u32) -> Res
     from.inside(|| {
         let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
         socket.set_mark(mark).context("cannot mark the socket")?;
-        socket
-            .send_to(payload, &to.into())
-            .with_context(|| format!("cannot send to {to}"))?;
+        socket.send_to(payload, &to.into()).with_context(|| format!("cannot send to {to}"))?;
         Ok(())
     })
 }
@@ -146,18 +128,8 @@ struct Received {
     longest_gap: Duration,
 }
 
-fn send(
-    target: SocketAddr,
-    per_second: u32,
-    payload: &[u8],
-    stop: &AtomicBool,
-    sent: &AtomicU64,
-) -> Result<u64> {
-    let any: IpAddr = if target.is_ipv6() {
-        [0u8; 16].into()
-    } else {
-        [0u8; 4].into()
-    };
+fn send(target: SocketAddr, per_second: u32, payload: &[u8], stop: &AtomicBool, sent: &AtomicU64) -> Result<u64> {
+    let any: IpAddr = if target.is_ipv6() { [0u8; 16].into() } else { [0u8; 4].into() };
     let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
     let step = Duration::from_secs(1) / per_second;
     let mut refused = 0;
@@ -189,9 +161,7 @@ fn receive(inbox: &UdpSocket, sender_done: &AtomicBool, sent: &AtomicU64) -> Res
                     result.longest_gap = result.longest_gap.max(now - last);
                 }
                 last_arrival = Some(now);
-                let Some(number) = buffer[..length]
-                    .first_chunk::<8>()
-                    .map(|bytes| u64::from_be_bytes(*bytes) as usize)
+                let Some(number) = buffer[..length].first_chunk::<8>().map(|bytes| u64::from_be_bytes(*bytes) as usize)
                 else {
                     continue;
                 };
@@ -202,17 +172,10 @@ fn receive(inbox: &UdpSocket, sender_done: &AtomicBool, sent: &AtomicU64) -> Res
                 if seen.len() <= number {
                     seen.resize(number + 1, false);
                 }
-                if std::mem::replace(&mut seen[number], true) {
-                    result.duplicate += 1
-                } else {
-                    result.distinct += 1
-                }
+                if std::mem::replace(&mut seen[number], true) { result.duplicate += 1 } else { result.distinct += 1 }
             }
             Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-                ) => {}
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
             Err(error) => return Err(error).context("cannot receive"),
         }
         if sender_done.load(Ordering::Relaxed) {

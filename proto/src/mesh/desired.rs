@@ -38,7 +38,12 @@ impl Inputs<'_> {
             let allowed_ips = peer.routed();
             self.add_routes(&mut routes, &allowed_ips, self.down.contains(&peer.key));
             let preshared_key = Some(self.keys.pair_psk(self.own, (peer.node, peer.key)));
-            let spec = PeerSpec { preshared_key, allowed_ips, keepalive: None, generation: self.tunnels.get(&peer.key).copied().unwrap_or(0) };
+            let spec = PeerSpec {
+                preshared_key,
+                allowed_ips,
+                keepalive: None,
+                generation: self.tunnels.get(&peer.key).copied().unwrap_or(0),
+            };
             peers.insert(peer.key, spec);
         }
         for peer in &self.settings.static_peers {
