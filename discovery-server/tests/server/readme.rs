@@ -85,7 +85,8 @@ fn what_a_server_says_to_its_admin() {
 
     let file = tempfile::NamedTempFile::new().unwrap();
     let nowhere = file.path().join("state");
-    let throwaway = Running::start(&nowhere, &[]).logged("cannot keep a TLS key")["message"].as_str().unwrap().to_owned();
+    let throwaway =
+        Running::start(&nowhere, &[]).logged("cannot keep a TLS key")["message"].as_str().unwrap().to_owned();
     said.push(
         throwaway
             .replace(nowhere.to_str().unwrap(), STATE_DIR)
@@ -149,7 +150,11 @@ async fn mail_server(like: ServerAddress) -> ServerAddress {
 async fn closing_server(like: ServerAddress) -> ServerAddress {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
-    tokio::spawn(async move { while let Ok((stream, _)) = listener.accept().await { drop(stream) } });
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            drop(stream)
+        }
+    });
     ServerAddress { port, ..like }
 }
 

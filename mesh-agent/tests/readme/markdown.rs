@@ -76,19 +76,22 @@ pub(crate) fn spans(start: &str) -> BTreeSet<String> {
 /// Every call of a program, in `sh` blocks and code spans.
 pub(crate) fn commands(program: &str) -> BTreeSet<Command> {
     let shell = blocks().into_iter().filter(|block| block.language == "sh");
-    let lines: Vec<String> = shell.flat_map(|block| block.text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
+    let lines: Vec<String> =
+        shell.flat_map(|block| block.text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
     let calls: Vec<String> = lines.into_iter().chain(all_spans()).collect();
     calls
         .iter()
         .flat_map(|line| line.split(['|', '#']))
         .filter_map(|call| {
-            let mut words = call.split_whitespace().skip_while(|word| matches!(*word, "sudo" | "ssh") || word.contains('@'));
+            let mut words =
+                call.split_whitespace().skip_while(|word| matches!(*word, "sudo" | "ssh") || word.contains('@'));
             (words.next()? == program).then(|| words.collect::<Vec<_>>())
         })
         .map(|words| {
             let is_name = |word: &&str| word.bytes().all(|byte| byte.is_ascii_lowercase());
             let first = words.iter().copied().filter(is_name).take(1);
-            let second = words.iter().copied().skip(1).filter(is_name).take(usize::from(words.first() == Some(&"config")));
+            let second =
+                words.iter().copied().skip(1).filter(is_name).take(usize::from(words.first() == Some(&"config")));
             Command {
                 subcommands: first.chain(second).map(str::to_owned).collect(),
                 flags: words.iter().filter(|word| word.starts_with("--")).map(|word| word.to_string()).collect(),

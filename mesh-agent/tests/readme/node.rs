@@ -17,7 +17,7 @@ use mesh_common::time::Instant;
 use mesh_proto::device::PeerCounters;
 use mesh_proto::discovery::client::ClientState;
 use mesh_proto::mesh::agent::{PeerView, ServerView, View};
-use mesh_proto::mesh::members::{Rejection, RejectedShape};
+use mesh_proto::mesh::members::{RejectedShape, Rejection};
 use mesh_proto::mesh::peer::Verdict;
 use mesh_proto::path::agent::PathState;
 use mesh_proto::sealed::OpenError;
@@ -84,7 +84,8 @@ pub(crate) fn status() -> Status {
 pub(crate) fn troubles() -> Vec<String> {
     let status = status();
     let shown = status.to_table(Show { wide: true, colour: false, now_ms: 0 });
-    let problems = status.node.problems.iter().map(|problem| format!("Problem: {}\n    Fix: {}", problem.what, problem.fix));
+    let problems =
+        status.node.problems.iter().map(|problem| format!("Problem: {}\n    Fix: {}", problem.what, problem.fix));
     let mut said: Vec<String> = problems.collect();
     for problem in &said {
         assert!(shown.contains(problem.as_str()), "{problem} is not in\n{shown}");

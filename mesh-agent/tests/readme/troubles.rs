@@ -86,7 +86,9 @@ impl Machine {
     fn as_installed(&self, text: &str) -> String {
         let dir = self.dir.path().to_str().unwrap();
         let mut text = text.replace(&format!("{dir}/state"), "/var/lib/meshspan");
-        for (name, installed) in [("config.yaml", "/etc/meshspan"), ("cluster.secret", "/etc/meshspan"), ("agent.sock", "/run/meshspan")] {
+        for (name, installed) in
+            [("config.yaml", "/etc/meshspan"), ("cluster.secret", "/etc/meshspan"), ("agent.sock", "/run/meshspan")]
+        {
             text = text.replace(&format!("{dir}/{name}"), &format!("{installed}/{name}"));
         }
         assert!(!text.contains(dir), "{text}");
