@@ -131,17 +131,37 @@ impl Node {
 
     /// Executes `mesh-agent run`; does not wait for it to be ready.
     pub fn start(&mut self) -> Result<()> {
+        self.process = Some(Process::start(&self.host, self.command("run"), &self.log_stem())?);
+        Ok(())
+    }
+
+    /// A command of the agent with this node's places, to be changed by the caller and given to
+    /// [`Node::run_to_end`].
+    pub fn command(&self, subcommand: &str) -> Command {
         let mut command = Command::new(&self.program);
         command
-            .arg("run")
+            .arg(subcommand)
             .arg("--config")
             .arg(self.config_path())
             .arg("--state-dir")
             .arg(self.state_dir())
             .arg("--socket")
             .arg(self.socket_path());
-        self.process = Some(Process::start(&self.host, command, &self.dir.join("log/agent"))?);
-        Ok(())
+        command
+    }
+
+    /// Runs a command on the node's host until it ends by itself.
+    pub fn run_to_end(&self, command: Command) -> Result<Answer> {
+        process::run_command(&self.host, command, &self.dir.join("log"))
+    }
+
+    /// Everything the agent has logged since the node was made.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.log_stem().with_extension("err"))?)
+    }
+
+    fn log_stem(&self) -> PathBuf {
+        self.dir.join("log/agent")
     }
 
     /// Ends the agent as a crash would.
@@ -188,6 +208,14 @@ impl Node {
         serde_json::from_str(&answer.stdout).with_context(|| {
             format!("status ended with {}: {}{}", answer.status, answer.stdout.trim(), answer.stderr.trim())
         })
+    }
+
+    /// All of `status -o json`.
+    pub fn status_json(&self) -> Result<serde_json::Value> {
+        let mut command = self.command("status");
+        command.args(["-o", "json"]);
+        let answer = self.run_to_end(command)?;
+        serde_json::from_str(&answer.stdout).with_context(|| format!("status says {}{}", answer.stdout, answer.stderr))
     }
 
     /// What a person sees.
