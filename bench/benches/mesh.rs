@@ -1,14 +1,10 @@
 //! What an agent does in a mesh of 1000 nodes: who is a member, what should be on the host, what to change.
 
-use std::cell::RefCell;
-
 use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
-use mesh_bench::joined::Joined;
 use mesh_bench::member::{Member, frames};
 use mesh_bench::node::{Node, settled_host};
 use mesh_common::time::Instant;
-use mesh_proto::device::Action;
 use mesh_proto::mesh::reconcile::reconcile;
 
 const NODES: u16 = 1000;
@@ -85,23 +81,5 @@ fn one_change(bencher: Bencher<'_, '_>) {
         let steps = reconcile(&node.desired(&node.peers()), &unchanged);
         assert_eq!(steps.len(), 3);
         steps
-    });
-}
-
-/// The same in the composed agent: from the server's message to the steps. Carrying them out is not measured.
-#[divan::bench(sample_size = 1, sample_count = 50)]
-fn one_change_in_agent(bencher: Bencher<'_, '_>) {
-    let joined = RefCell::new(Joined::among(NODES));
-    let pending = RefCell::new(Vec::<Action>::new());
-    let mut seq = 1;
-    let news = || {
-        joined.borrow_mut().apply(pending.take());
-        seq += 1;
-        joined.borrow().news_of(CHANGING, seq)
-    };
-    bencher.with_inputs(news).bench_local_values(|message| {
-        let steps = joined.borrow_mut().react(&message);
-        assert_eq!(steps.len(), 3);
-        pending.replace(steps);
     });
 }

@@ -1,5 +1,6 @@
 //! The node from which the mesh is looked at, number 0: its settings, its host, and the steps from records to actions.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -7,7 +8,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use mesh_common::addr::{OVERLAY_V4_POOL, overlay_v6};
 use mesh_common::config::EndpointFilter;
 use mesh_common::host_name::HostName;
-use mesh_common::key::ClusterKeys;
+use mesh_common::id::NodeId;
+use mesh_common::key::{ClusterKeys, PresharedKey, WgPublicKey};
 use mesh_common::limits::{LINK_MTU, LISTEN_PORT};
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Desired, MssClamp, Observed, UnderlayLink};
@@ -27,7 +29,11 @@ pub struct Node {
     settings: Settings,
     underlay: Vec<UnderlayLink>,
     none: BTreeSet<String>,
+    /// Derived once a member, as the agent does.
+    preshared_keys: RefCell<PresharedKeys>,
 }
+
+type PresharedKeys = BTreeMap<(WgPublicKey, NodeId), PresharedKey>;
 
 impl Node {
     /// A node that has admitted the members 1 to `count` at the origin of time.
@@ -43,7 +49,15 @@ impl Node {
     pub fn alone() -> Self {
         let (keys, own) = (cluster_keys(), Member::numbered(0));
         let members = Members::new(keys.clone(), CLUSTER_ID.to_owned(), own.identity.node_id(), BTreeMap::new());
-        Self { keys, members, own, settings: settings(), underlay: underlay(), none: BTreeSet::new() }
+        Self {
+            keys,
+            members,
+            own,
+            settings: settings(),
+            underlay: underlay(),
+            none: BTreeSet::new(),
+            preshared_keys: RefCell::default(),
+        }
     }
 
     pub fn peers(&self) -> Vec<Peer> {
@@ -62,10 +76,14 @@ impl Node {
 
     pub fn desired(&self, peers: &[Peer]) -> Desired {
         let own = self.own.identity.node_id();
+        let mut keys = self.preshared_keys.borrow_mut();
+        for peer in peers {
+            keys.entry((peer.key, peer.node))
+                .or_insert_with(|| self.keys.pair_psk((own, self.own.wg.public()), (peer.node, peer.key)));
+        }
         Inputs {
             settings: &self.settings,
-            keys: &self.keys,
-            own: (own, self.own.wg.public()),
+            preshared_keys: &keys,
             overlay_v6: overlay_v6(CLUSTER_ID, &own),
             overlay_v4: None,
             peers,
