@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::api::ApiError;
+use crate::dataplane::TunError;
 use crate::state::StateError;
 
 pub(super) const OK: u8 = 0;
@@ -40,8 +41,9 @@ pub(super) fn code_of(error: &anyhow::Error) -> u8 {
             _ => {}
         }
         let not_ours = matches!(cause.downcast_ref(), Some(StateError::NotOurs { .. }));
+        let no_link = matches!(cause.downcast_ref(), Some(TunError::NotPermitted { .. }));
         let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
-        if not_ours || cause.downcast_ref::<io::Error>().is_some_and(denied) {
+        if not_ours || no_link || cause.downcast_ref::<io::Error>().is_some_and(denied) {
             return PERMISSION;
         }
     }
