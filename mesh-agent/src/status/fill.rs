@@ -73,11 +73,12 @@ pub fn running(facts: &Facts<'_>) -> Status {
 }
 
 /// The mesh is off.
-pub fn disabled(config: &Config, state: &State, started_at_ms: u64) -> Status {
+pub fn disabled(config: &Config, host_name: &str, state: &State, started_at_ms: u64) -> Status {
     Status {
         api_version: API_VERSION.to_owned(),
         node: NodeStatus {
             id: state.identity().node_id().to_string(),
+            host_name: host_name.to_owned(),
             public_key: state.wg().public().to_string(),
             ..node(config, started_at_ms)
         },
@@ -91,7 +92,7 @@ pub fn disabled(config: &Config, state: &State, started_at_ms: u64) -> Status {
 fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
     NodeStatus {
         id: String::new(),
-        host_name: config.mesh.host_name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        host_name: String::new(),
         public_key: String::new(),
         overlay_v4: None,
         overlay_v6: None,
