@@ -2,9 +2,10 @@
 //!
 //! Invariants
 //! - One lab lives at a time on this machine (a second one waits for the lock). A thread that holds a lab must not make
-//!   another.
+//!   another. Labs beside others are the exception: they take no lock, wait for nobody and sweep nothing.
 //! - Whoever holds the lock may remove every lab directory it finds, with the processes that carry its name in their
-//!   environment: their owner is dead, or it would hold the lock.
+//!   environment: their owner is dead, or it would hold the lock, or the lock in its directory that says it lives beside
+//!   others.
 //! - All is removed at drop, also while a panic unwinds, and on SIGINT, SIGTERM and SIGHUP. After SIGKILL the kernel
 //!   ends the children (parent death signal) and the namespaces, and the next lab sweeps the rest.
 
@@ -38,6 +39,7 @@ pub struct Lab {
     dir: PathBuf,
     hosts: Vec<Host>,
     nursery: Arc<Nursery>,
+    /// The machine's, or the lab's own when it lives beside others.
     _lock: Flock<File>,
 }
 
@@ -49,9 +51,22 @@ impl Lab {
         let lock = take_lock()?;
         sweep::sweep_dead_labs(Path::new(BASE));
         let dir = Path::new(BASE).join(format!("{DIR_PREFIX}{}", std::process::id()));
-        fs::create_dir(&dir).with_context(|| format!("cannot make the lab directory {}", dir.display()))?;
-        fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
-        sweep::sign(&dir)?;
+        make_dir(&dir)?;
+        Self::start(dir, lock)
+    }
+
+    /// A lab that may live beside others, one a process: for a test that spends its time waiting, not working.
+    pub fn beside_others() -> Result<Self> {
+        let dir = Path::new(BASE).join(format!("{DIR_PREFIX}{}-beside", std::process::id()));
+        // Under a name that nobody sweeps until it is locked.
+        let unnamed = dir.with_extension("new");
+        make_dir(&unnamed)?;
+        let lock = sweep::stay_alive(&unnamed)?;
+        fs::rename(&unnamed, &dir).with_context(|| format!("cannot make the lab directory {}", dir.display()))?;
+        Self::start(dir, lock)
+    }
+
+    fn start(dir: PathBuf, lock: Flock<File>) -> Result<Self> {
         let nursery = Arc::new(Nursery::start(dir.clone())?);
         let lab = Self { dir, hosts: Vec::new(), nursery, _lock: lock };
         interrupt::guard(&lab.dir)?;
@@ -125,6 +140,13 @@ const NEW_HOST_SYSCTLS: &[(&str, &str)] = &[
     ("ipv6/conf/all/accept_ra", "0"),
     ("ipv6/conf/default/accept_ra", "0"),
 ];
+
+fn make_dir(dir: &Path) -> Result<()> {
+    fs::create_dir(dir).with_context(|| format!("cannot make the lab directory {}", dir.display()))?;
+    fs::set_permissions(dir, Permissions::from_mode(0o700))?;
+    sweep::sign(dir)?;
+    Ok(())
+}
 
 /// Sweeps dead labs now, unless a lab is alive. For a process that is about to enter a user namespace, where it could no
 /// longer recognise them.

@@ -57,13 +57,15 @@ pub struct MeshOptions {
     pub ttl: Option<Duration>,
     /// Reverse path filter of every underlay link.
     pub rp_filter: u8,
+    /// May live beside other labs, see [`Lab::beside_others`].
+    pub beside: bool,
     /// Changes to a node's config before it is written; `usize` is the node's index from 0.
     pub tweak: fn(usize, &mut NodeConfig),
 }
 
 impl Default for MeshOptions {
     fn default() -> Self {
-        Self { nodes: 3, pods_per_node: 2, ttl: None, rp_filter: 0, tweak: |_, _| {} }
+        Self { nodes: 3, pods_per_node: 2, ttl: None, rp_filter: 0, beside: false, tweak: |_, _| {} }
     }
 }
 
@@ -97,7 +99,7 @@ pub fn enter_or_skip(name: &str) -> Result<Option<Binaries>> {
 impl Mesh {
     /// Builds sites, nodes and pods and starts the captures; starts no program of ours.
     pub fn build(binaries: &Binaries, options: &MeshOptions) -> Result<Self> {
-        let mut lab = Lab::new()?;
+        let mut lab = if options.beside { Lab::beside_others()? } else { Lab::new()? };
         let internet = lab.router("internet")?;
         let watch = Watch::default();
         let server_host = site(&mut lab, &internet, "server", 0, options.rp_filter)?;

@@ -56,7 +56,7 @@ fn wireguard_go_as_a_static_peer() {
         let _ = isolation::skip(NAME, "wireguard-go keeps its socket in /var/run", "run as root");
         return;
     }
-    let options = MeshOptions { nodes: 4, pods_per_node: 0, ..MeshOptions::default() };
+    let options = MeshOptions { nodes: 4, pods_per_node: 0, beside: true, ..MeshOptions::default() };
     let mut mesh = Mesh::build(&binaries, &options).unwrap();
     mesh.start_server().unwrap();
     let scratch = mesh.scratch("wireguard-go");

@@ -328,3 +328,23 @@ fn an_interrupted_lab_removes_itself() {
         assert_eq!(sweep::processes_of(&dir), []);
     }
 }
+
+#[test]
+fn a_lab_beside_others_waits_for_nobody_and_is_not_swept() {
+    if enter_or_skip("a_lab_beside_others_waits_for_nobody_and_is_not_swept") == Entry::Handled {
+        return;
+    }
+    let mut beside = Lab::beside_others().unwrap();
+    let host = beside.host("beside").unwrap();
+    let mut command = Command::new("sleep");
+    command.arg("1000");
+    let mut child = Process::start(&host, command, &beside.dir().join("log")).unwrap();
+    // Each new lab sweeps.
+    drop(Lab::new().unwrap());
+    let other = Lab::new().unwrap();
+    assert!(child.is_running().unwrap() && beside.dir().exists());
+    let dir = beside.dir().to_owned();
+    drop(beside);
+    assert!(!dir.exists() && !child.is_running().unwrap());
+    assert!(other.dir().exists());
+}

@@ -1,12 +1,14 @@
 //! Ending and removing what a lab left: processes that carry its name in their environment, and its directory.
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use anyhow::{Context, Result};
 use nix::{
+    fcntl::{Flock, FlockArg},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -23,13 +25,17 @@ const KILL_WITHIN: Duration = Duration::from_secs(5);
 /// A file in each lab directory that names the owner's user namespace.
 const USER_NAMESPACE: &str = "user-namespace";
 
-/// Removes every lab under `base`. Only for the holder of the lab lock, which proves that their owners ended.
+/// Locked for as long as a lab lives that takes no lock of the machine.
+const ALIVE: &str = "alive";
+
+/// Removes every dead lab under `base`. Only for the holder of the lab lock, which proves that their owners ended.
 ///
 /// From inside a user namespace the processes of a lab in another one cannot be recognised; such a lab is left to the
 /// user's own first process, which can look into all of them.
 pub fn sweep_dead_labs(base: &Path) {
     for dir in labs_under(base) {
-        if !is_rootless() || fs::read_to_string(dir.join(USER_NAMESPACE)).ok() == own_user_namespace() {
+        let is_ours = !is_rootless() || fs::read_to_string(dir.join(USER_NAMESPACE)).ok() == own_user_namespace();
+        if is_ours && !is_alive(&dir) {
             remove_lab(&dir);
         }
     }
@@ -38,6 +44,16 @@ pub fn sweep_dead_labs(base: &Path) {
 /// Says in a new lab directory who can sweep it.
 pub(crate) fn sign(dir: &Path) -> std::io::Result<()> {
     fs::write(dir.join(USER_NAMESPACE), own_user_namespace().unwrap_or_default())
+}
+
+/// Says that this lab lives, to whoever sweeps, until the lock is dropped.
+pub(crate) fn stay_alive(dir: &Path) -> Result<Flock<File>> {
+    let file = File::create(dir.join(ALIVE))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno).context("cannot lock a new file")
+}
+
+fn is_alive(dir: &Path) -> bool {
+    File::open(dir.join(ALIVE)).is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err())
 }
 
 fn own_user_namespace() -> Option<String> {
@@ -87,7 +103,7 @@ fn labs_under(base: &Path) -> Vec<PathBuf> {
                 .file_name()
                 .to_str()
                 .and_then(|name| name.strip_prefix(DIR_PREFIX))
-                .is_some_and(|pid| pid.parse::<u32>().is_ok())
+                .is_some_and(|pid| pid.trim_end_matches("-beside").parse::<u32>().is_ok())
         })
         .map(|entry| entry.path())
         .collect()
