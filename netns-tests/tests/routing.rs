@@ -366,14 +366,17 @@ fn a_peer_that_is_down_is_refused_or_bypassed_as_configured() {
     open.explain(answered).unwrap();
     let hop = open.host.lookup(target, 0).unwrap();
     assert_eq!((hop.link.as_deref(), hop.table), (Some(UPLINK), Some(MAIN_TABLE)));
+    let inside = mesh.nodes[2].overlay_v4().unwrap();
     let refused = wait::until_true("the peer to be unreachable", DOWN_WITHIN, || {
-        Ok(closed.host.lookup(target, 0)?.error.is_some())
+        Ok(closed.host.lookup(inside, 0)?.error.is_some())
     });
     closed.explain(refused).unwrap();
+    // A prefix that holds the peer's endpoint stays in the tunnel: the kernel would drop the peer's own answers else.
+    assert_eq!(closed.host.lookup(target, 0).unwrap().link.as_deref(), Some(MESH_LINK));
     wait::until_true("the sender to be told", SOON, || {
         let sent = closed.host.inside(|| {
             let socket = UdpSocket::bind(("0.0.0.0", 0))?;
-            Ok(socket.send_to(b"refused", (target, 9)).map_err(|error| error.raw_os_error()))
+            Ok(socket.send_to(b"refused", (inside, 9)).map_err(|error| error.raw_os_error()))
         })?;
         Ok(matches!(sent, Err(Some(libc::EHOSTUNREACH | libc::ENETUNREACH))))
     })
