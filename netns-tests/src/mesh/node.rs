@@ -1,6 +1,7 @@
 //! One node under test: its host, its pods, its agent, and the agent's command line.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsStr,
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -49,7 +50,26 @@ pub struct Node {
 pub struct Status {
     pub node: StatusNode,
     #[serde(default)]
+    pub servers: Vec<StatusServer>,
+    #[serde(default)]
     pub peers: Vec<StatusPeer>,
+    #[serde(default)]
+    pub counters: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct StatusServer {
+    pub endpoint: String,
+    pub state: String,
+    pub carrier: Option<String>,
+    pub detail: String,
+}
+
+/// Something that is wrong, in words.
+#[derive(Debug, Clone, Deserialize)]
+pub struct StatusProblem {
+    pub what: String,
+    pub fix: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -58,6 +78,8 @@ pub struct StatusNode {
     pub state: String,
     pub overlay_v4: Option<Ipv4Addr>,
     pub overlay_v6: Option<Ipv6Addr>,
+    #[serde(default)]
+    pub problems: Vec<StatusProblem>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -195,23 +217,35 @@ impl Node {
         Ok(self.cli(&["status", "--socket", &self.socket_path().to_string_lossy(), "-o", "table"])?.stdout)
     }
 
+    pub fn up(&self) -> Result<()> {
+        self.command("up")
+    }
+
     pub fn down(&self) -> Result<()> {
-        self.cli(&[
-            "down",
-            "--config",
-            &self.config_path().to_string_lossy(),
-            "--socket",
-            &self.socket_path().to_string_lossy(),
-        ])?
-        .success()
-        .context("mesh-agent down")
-        .map(drop)
+        self.command("down")
+    }
+
+    pub fn leave(&self) -> Result<()> {
+        self.command("leave")
     }
 
     pub fn cleanup(&self) -> Result<()> {
-        self.cli(&["cleanup", "--config", &self.config_path().to_string_lossy()])?
+        self.command("cleanup")
+    }
+
+    /// Everything that the agent logged since the first start.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.dir.join("log/agent.err"))?)
+    }
+
+    /// Runs a command that changes the node, told where the node's files are.
+    fn command(&self, name: &str) -> Result<()> {
+        let (config, state, socket) = (self.config_path(), self.state_dir(), self.socket_path());
+        let paths = [config, state, socket].map(|path| path.to_string_lossy().into_owned());
+        let [config, state, socket] = &paths;
+        self.cli(&[name, "--config", config, "--state-dir", state, "--socket", socket])?
             .success()
-            .context("mesh-agent cleanup")
+            .with_context(|| format!("mesh-agent {name}"))
             .map(drop)
     }
 
