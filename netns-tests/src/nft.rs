@@ -1,4 +1,4 @@
-//! The packet filter tables of a host: their families and names, and the deletion of one, over netlink by hand.
+//! The packet filter tables of a host: their families and names, and making and deleting one, over netlink by hand.
 //!
 //! Knows nothing of chains and rules: what is in a table is its owner's business, that it is there is the lab's.
 
@@ -15,6 +15,7 @@ const NLMSG_DONE: u16 = 3;
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
 const DUMP: u16 = 0x300;
+const CREATE: u16 = 0x400;
 const NF_TABLES: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
@@ -22,8 +23,9 @@ const NEW_TABLE: u16 = NF_TABLES << 8;
 const GET_TABLE: u16 = NF_TABLES << 8 | 1;
 const DELETE_TABLE: u16 = NF_TABLES << 8 | 2;
 const TABLE_NAME: u16 = 1;
+const INET: u8 = 1;
 /// Families of `linux/netfilter.h`, by number.
-const FAMILIES: [(u8, &str); 6] = [(1, "inet"), (2, "ip"), (3, "arp"), (5, "netdev"), (7, "bridge"), (10, "ip6")];
+const FAMILIES: [(u8, &str); 6] = [(INET, "inet"), (2, "ip"), (3, "arp"), (5, "netdev"), (7, "bridge"), (10, "ip6")];
 const HEADER: usize = 16;
 const FAMILY_HEADER: usize = 4;
 
@@ -33,23 +35,32 @@ impl Host {
         self.inside(tables_here)
     }
 
+    /// Makes an empty table of the family `inet`.
+    pub fn add_nft_table(&self, name: &str) -> Result<()> {
+        self.inside(|| change(NEW_TABLE, CREATE, name))
+            .with_context(|| format!("cannot make the nftables table inet {name}"))
+    }
+
     /// Deletes a table of the family `inet` with all that is in it.
     pub fn delete_nft_table(&self, name: &str) -> Result<()> {
-        self.inside(|| {
-            let socket = open()?;
-            let mut attribute = (4 + name.len() as u16 + 1).to_ne_bytes().to_vec();
-            attribute.extend(TABLE_NAME.to_ne_bytes());
-            attribute.extend(name.as_bytes());
-            attribute.push(0);
-            attribute.resize(attribute.len().next_multiple_of(4), 0);
-            let mut batch = message(BATCH_BEGIN, REQUEST, 0, NF_TABLES, &[]);
-            batch.extend(message(DELETE_TABLE, REQUEST | ACK, 1, 0, &attribute));
-            batch.extend(message(BATCH_END, REQUEST, 0, NF_TABLES, &[]));
-            socket.send(&batch, 0)?;
-            Ok(receive(&socket, |_, _| {})?)
-        })
-        .with_context(|| format!("cannot delete the nftables table inet {name}"))
+        self.inside(|| change(DELETE_TABLE, 0, name))
+            .with_context(|| format!("cannot delete the nftables table inet {name}"))
     }
+}
+
+/// One message on one table, in a transaction of its own.
+fn change(kind: u16, flags: u16, name: &str) -> Result<()> {
+    let mut attribute = (4 + name.len() as u16 + 1).to_ne_bytes().to_vec();
+    attribute.extend(TABLE_NAME.to_ne_bytes());
+    attribute.extend(name.as_bytes());
+    attribute.push(0);
+    attribute.resize(attribute.len().next_multiple_of(4), 0);
+    let mut batch = message(BATCH_BEGIN, REQUEST, 0, NF_TABLES, &[]);
+    batch.extend(message(kind, REQUEST | ACK | flags, INET, 0, &attribute));
+    batch.extend(message(BATCH_END, REQUEST, 0, NF_TABLES, &[]));
+    let socket = open()?;
+    socket.send(&batch, 0)?;
+    Ok(receive(&socket, |_, _| {})?)
 }
 
 /// The tables of the calling thread's namespace.

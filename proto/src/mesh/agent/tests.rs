@@ -83,7 +83,7 @@ fn a_floor_of_the_last_run_waits_for_its_member() {
 
     // Neither time nor an empty list of a server that has just started is a reason; both together are.
     let mut agent = fresh(settings(1));
-    let gone = Action::RemoveRoute(floor.clone());
+    let gone = Action::RemoveRoute(floor);
     for now in [at(1), at(1000)] {
         assert!(!steps(&mut agent, &found, now).contains(&gone));
     }
