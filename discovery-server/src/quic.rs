@@ -12,7 +12,10 @@ use bytes::Bytes;
 use mesh_common::limits::{HELLO_TIMEOUT, MAX_MESSAGE, SESSION_IDLE, SESSION_KEEPALIVE};
 use mesh_proto::wire::session::{Deframer, EXPORTER_LABEL, enframe};
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{Endpoint, EndpointConfig, Incoming, RecvStream, SendStream, TransportConfig, VarInt};
+use quinn::{
+    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, Incoming, RecvStream, SendStream, TransportConfig,
+    VarInt,
+};
 use ring::hmac;
 use tokio::time::timeout;
 use tracing::debug;
@@ -46,6 +49,7 @@ pub(crate) fn endpoint(
     let mut shared = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_seed)));
     // Agents may one day share their port with other protocols: the fixed bit stays fixed.
     shared.grease_quic_bit(false);
+    shared.cid_generator(|| Box::new(RandomIds));
     Endpoint::new(shared, Some(config), socket, Arc::new(quinn::TokioRuntime))
         .context("cannot start QUIC on its UDP socket")
 }
@@ -107,6 +111,29 @@ fn transport() -> anyhow::Result<TransportConfig> {
 
 fn idle(after: Duration) -> anyhow::Result<quinn::IdleTimeout> {
     after.try_into().context("the idle timeout does not fit QUIC")
+}
+
+/// Connection ids that say nothing of the process that made them. quinn's own carry a hash under a key of the process, and
+/// packets with an id of a former process are then dropped unanswered: its clients would never see the reset.
+#[derive(Debug)]
+struct RandomIds;
+
+const ID_LEN: usize = 8;
+
+impl ConnectionIdGenerator for RandomIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut id = [0; ID_LEN];
+        getrandom::fill(&mut id).expect("the operating system gave randomness for the TLS key of this process");
+        ConnectionId::new(&id)
+    }
+
+    fn cid_len(&self) -> usize {
+        ID_LEN
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }
 
 struct QuicOut {

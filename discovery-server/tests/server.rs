@@ -5,7 +5,11 @@ mod server {
     mod hostile;
     mod keys;
     mod process;
+    mod readme;
     mod sessions;
     mod stun;
     mod support;
 }
+
+#[path = "../../mesh-agent/tests/readme/markdown.rs"]
+mod markdown;

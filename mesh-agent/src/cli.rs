@@ -219,7 +219,7 @@ impl Global {
     }
 
     fn never_joined(&self) -> exit::NeverJoined {
-        exit::NeverJoined { config: self.config.clone() }
+        exit::NeverJoined { config: self.config.clone(), code: exit::ERROR }
     }
 
     fn show(&self) -> Show {

@@ -9,6 +9,7 @@ use crate::api::{self, ApiRequest};
 use crate::clock;
 use crate::eventloop::{Ended, Node};
 use crate::http;
+use crate::node_settings;
 use crate::services::{Services, Wish, read_config};
 use crate::settings::RunOptions;
 use crate::state::State;
@@ -83,7 +84,9 @@ async fn idle(mut config: Box<Config>, state: &State, services: &mut Services) -
                 config = new;
             }
             Wish::Api(ApiRequest::Status(answer)) => {
-                let _gone = answer.send(Box::new(status::fill::disabled(&config, state, started_at_ms)));
+                let host_name =
+                    node_settings::host_name(&config).map_or_else(|_| String::new(), |name| name.to_string());
+                let _gone = answer.send(Box::new(status::fill::disabled(&config, &host_name, state, started_at_ms)));
             }
             Wish::Api(ApiRequest::Leave(answer) | ApiRequest::Reload(answer)) => {
                 let _gone = answer.send(Ok(()));

@@ -34,6 +34,6 @@ pub mod udp;
 pub use drops::EngineStats;
 pub use engine::{Clock, Engine};
 pub use io::{DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
-pub use tun::Tun;
+pub use tun::{Tun, TunError};
 pub use tunnel::{BoringTunnel, BoringTunnels, Refused, TunnelFactory};
 pub use udp::UdpSockets;

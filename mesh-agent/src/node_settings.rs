@@ -65,7 +65,8 @@ pub fn servers(config: &Config) -> Vec<ServerAddress> {
     config.discovery.iter().map(address).collect()
 }
 
-fn host_name(config: &Config) -> anyhow::Result<HostName> {
+/// What peers see this node as: configured, else the first label of the system's host name.
+pub fn host_name(config: &Config) -> anyhow::Result<HostName> {
     if let Some(name) = &config.mesh.host_name {
         return Ok(name.clone());
     }

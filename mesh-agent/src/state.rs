@@ -154,11 +154,11 @@ impl State {
 
     pub fn store_marks(&self, marks: &BTreeMap<NodeId, u64>) -> Result<(), StateError> {
         let marks: BTreeMap<String, u64> = marks.iter().map(|(node, seq)| (node.to_string(), *seq)).collect();
-        self.store(MARKS, &serde_json::to_vec(&marks).expect("a map of text and numbers always serializes"))
+        self.store(MARKS, &to_json(&marks))
     }
 
     fn store_numbers(&mut self, numbers: Numbers) -> Result<(), StateError> {
-        self.store(NUMBERS, &serde_json::to_vec(&numbers).expect("plain numbers always serialize"))?;
+        self.store(NUMBERS, &to_json(&numbers))?;
         self.numbers = numbers;
         Ok(())
     }
@@ -308,6 +308,10 @@ fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), StateError> {
         return Ok(());
     }
     Err(StateError::NotOurs { path: path.to_owned(), owner: metadata.uid(), user })
+}
+
+fn to_json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("text and numbers always serialize")
 }
 
 struct Process<'a>(&'a Option<u32>);

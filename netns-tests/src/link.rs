@@ -33,6 +33,15 @@ pub enum To {
     Unreachable,
 }
 
+/// What the kernel answers when it is asked for a route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hop {
+    pub link: Option<String>,
+    pub table: Option<u32>,
+    /// What a packet's sender would be told instead.
+    pub error: Option<String>,
+}
+
 /// Joins two hosts by a veth pair and sets both ends up.
 pub fn connect(a: &Host, a_link: &str, b: &Host, b_link: &str) -> Result<()> {
     let peer = LinkMessageBuilder::<LinkUnspec>::new().name(b_link).setns_by_fd(b.netns().as_raw_fd()).build();
@@ -132,6 +141,59 @@ impl Host {
             Ok(handle.address().del(found).execute().await?)
         })
         .with_context(|| format!("cannot delete {address} from {link}"))
+    }
+
+    /// Removes every address of one family from a link.
+    pub fn flush_addresses(&self, link: &str, family: IpVersion) -> Result<()> {
+        self.netlink(|handle| async move {
+            let index = index_of(&handle, link).await?;
+            let family = match family {
+                IpVersion::V4 => AddressFamily::Inet,
+                IpVersion::V6 => AddressFamily::Inet6,
+            };
+            let listed: Vec<_> = handle.address().get().set_link_index_filter(index).execute().try_collect().await?;
+            for address in listed {
+                if address.header.family == family {
+                    handle.address().del(address).execute().await?;
+                }
+            }
+            Ok(())
+        })
+        .with_context(|| format!("cannot remove the addresses of {link}"))
+    }
+
+    /// Where this host's kernel would send a packet with this mark: the answer of `RTM_GETROUTE`.
+    pub fn lookup(&self, to: IpAddr, mark: u32) -> Result<Hop> {
+        self.netlink(|handle| async move {
+            let mut ask = RouteMessage::default();
+            ask.header.address_family = match to {
+                IpAddr::V4(_) => AddressFamily::Inet,
+                IpAddr::V6(_) => AddressFamily::Inet6,
+            };
+            ask.header.destination_prefix_length = if to.is_ipv4() { 32 } else { 128 };
+            ask.header.flags = RouteFlags::LookupTable;
+            ask.attributes = vec![RouteAttribute::Destination(to.into()), RouteAttribute::Mark(mark)];
+            let answer = handle.route().get(ask).execute().try_next().await;
+            let route = match answer {
+                Ok(Some(route)) => route,
+                Ok(None) => return Err(anyhow!("no answer")),
+                // An unreachable route answers by the error that a packet would get.
+                Err(rtnetlink::Error::NetlinkError(refusal)) => {
+                    return Ok(Hop { link: None, table: None, error: Some(refusal.to_string()) });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let index = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            let link = match index {
+                Some(index) => Some(name_of(&handle, index).await?),
+                None => None,
+            };
+            Ok(Hop { link, table: Some(table_of(&route)), error: None })
+        })
+        .with_context(|| format!("cannot ask for the route to {to} with mark {mark:#x}"))
     }
 
     pub fn add_route(&self, table: u32, destination: IpNet, to: &To) -> Result<()> {
@@ -281,6 +343,18 @@ pub(crate) fn can_make_links() -> Result<(), (&'static str, String)> {
     };
     make(LinkBridge::new("probe0").build()).map_err(|error| ("bridge", error))?;
     make(LinkMessageBuilder::<LinkVeth>::new("probe1", "probe2").build()).map_err(|error| ("veth", error))
+}
+
+async fn name_of(handle: &Handle, index: u32) -> Result<String> {
+    let message = handle.link().get().match_index(index).execute().try_next().await?;
+    message
+        .into_iter()
+        .flat_map(|message| message.attributes)
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name),
+            _ => None,
+        })
+        .with_context(|| format!("link {index} has no name"))
 }
 
 async fn index_of(handle: &Handle, link: &str) -> Result<u32> {

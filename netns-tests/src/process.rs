@@ -125,9 +125,14 @@ impl Drop for Process {
 
 /// Runs a command inside `host` to its end. `scratch` holds its output while it runs.
 pub fn run(host: &Host, program: &Path, args: &[&OsStr], scratch: &Path) -> Result<Answer> {
-    let stem = tempfile::Builder::new().prefix("command-").tempdir_in(scratch)?;
     let mut command = Command::new(program);
     command.args(args);
+    run_command(host, command, scratch)
+}
+
+/// The same for a command that the caller has prepared.
+pub fn run_command(host: &Host, command: Command, scratch: &Path) -> Result<Answer> {
+    let stem = tempfile::Builder::new().prefix("command-").tempdir_in(scratch)?;
     let mut process = Process::start(host, command, &stem.path().join("answer"))?;
     let status = process.ended(COMMAND_WITHIN)?;
     Ok(Answer { status, stdout: fs::read_to_string(&process.stdout)?, stderr: fs::read_to_string(&process.stderr)? })

@@ -249,7 +249,7 @@ fn no_error_shows_a_secret_wherever_it_was_put() {
             format!("cluster: {{ scret: {secret} }}"),
             format!("cluster: {{ id: \"a {secret}\" }}"),
             format!("discovery: [ {secret} ]"),
-            format!("{secret}"),
+            secret.to_string(),
             format!("mesh: {{ mtu: {secret} }}"),
             format!("? {secret}\n: 1"),
             format!("cluster: {{ secret: {secret}, id: &a }} }}"),
@@ -318,9 +318,9 @@ fn an_edit_that_would_not_give_a_valid_configuration_gives_nothing() {
 #[test]
 fn a_cluster_is_put_in_place_of_the_one_before() {
     let servers = Config::parse(&minimal()).unwrap().discovery;
-    let set = |text: &str| set_cluster(text, &"a: {b".parse().unwrap(), "/etc/x y".as_ref(), &servers);
+    let set = |text: &str| set_cluster(text, &"a:{b".parse().unwrap(), "/etc/x y".as_ref(), &servers);
     let sections = format!(
-        "cluster:\n  id: \"a: {{b\"\n  secretFile: \"/etc/x y\"\ndiscovery:\n  - endpoint: \"https://disc.example:7443\"\n    pin: {PIN}\n"
+        "cluster:\n  id: \"a:{{b\"\n  secretFile: \"/etc/x y\"\ndiscovery:\n  - endpoint: \"https://disc.example:7443\"\n    pin: {PIN}\n"
     );
     for (text, expected) in [
         ("", "Smesh:\n  enabled: true\n"),
@@ -341,4 +341,22 @@ fn a_cluster_is_put_in_place_of_the_one_before() {
     for text in ["mesh: {}\n---\ncluster: { id: x }\n", "{ mesh: {}, cluster: { id: x } }\n"] {
         assert!(set(text).is_err(), "{text}");
     }
+}
+
+#[test]
+fn the_packaged_example_is_valid_with_every_line_in_force() {
+    let example = include_str!("../../../packaging/config.example.yaml");
+    let as_shipped = Config::parse(example).unwrap();
+    assert_eq!(as_shipped.mesh, Mesh { enabled: true, ..Mesh::default() });
+    // Lines that are keys behind a `# ` are examples: all must parse, and be known.
+    let key =
+        |line: &str| line.trim_start_matches(['-', ' ']).split_once(':').is_some_and(|(key, _)| !key.contains(' '));
+    let in_force = |line: &str| match line.trim_start().strip_prefix("# ") {
+        Some(rest) if key(rest) && !rest.starts_with('/') => line.replacen("# ", "", 1),
+        _ => line.to_owned(),
+    };
+    let all: String = example.lines().map(|line| in_force(line) + "\n").collect();
+    let config = Config::parse(&all).unwrap_or_else(|errors| panic!("{errors}\n{all}"));
+    assert_eq!(config.mesh.static_peers.len(), 1);
+    assert_eq!(config.agent.http, Some("127.0.0.1:9586".parse().unwrap()));
 }

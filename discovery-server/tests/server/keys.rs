@@ -2,13 +2,16 @@
 
 use std::fs;
 use std::process::Stdio;
+use std::time::Instant;
 
-use mesh_agent::io::session::{DialError, Dialer, ServerAddress};
+use mesh_agent::io::session::{CarrierKind, DialError, Dialer, ServerAddress};
 use mesh_common::config::Pin;
+use mesh_common::limits::SESSION_IDLE;
 use mesh_common::token::ServerToken;
+use mesh_proto::wire::session::ClientMessage;
 use nix::sys::signal::Signal;
 
-use super::support::{Member, Running, binary, key_file, tcp_only};
+use super::support::{Member, Running, binary, in_time, key_file, tcp_only};
 
 #[tokio::test]
 async fn a_killed_server_comes_back_with_the_same_pin() {
@@ -19,6 +22,21 @@ async fn a_killed_server_comes_back_with_the_same_pin() {
     let second = Running::start(dir.path(), &[]);
     assert_eq!(first.pin, second.pin);
     Member::join(&Dialer::new().unwrap(), &second.address(), 1, 1).await;
+}
+
+#[tokio::test]
+async fn a_client_of_a_killed_server_learns_of_it_at_its_next_packet() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = Running::start(dir.path(), &[]);
+    let (mut member, _) = Member::join(&Dialer::new().unwrap(), &first.address(), 1, 1).await;
+    assert_eq!(member.carrier.kind, CarrierKind::Quic);
+    first.signal(Signal::SIGKILL);
+    first.wait().await;
+    let _second = Running::start(dir.path(), &["--listen", &first.socket().to_string()]);
+    let asked = Instant::now();
+    member.say(&ClientMessage::Ping(1)).await;
+    while let Some(Ok(_)) = in_time("the end of the session", member.carrier.receiver.next()).await {}
+    assert!(asked.elapsed() < SESSION_IDLE / 2, "the client had to wait {:?} for its own timeout", asked.elapsed());
 }
 
 #[tokio::test]

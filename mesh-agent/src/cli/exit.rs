@@ -4,12 +4,13 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::api::ApiError;
+use crate::dataplane::TunError;
 use crate::state::StateError;
 
 pub(super) const OK: u8 = 0;
-const ERROR: u8 = 1;
+pub(super) const ERROR: u8 = 1;
 const USAGE: u8 = 2;
-const NOT_RUNNING: u8 = 3;
+pub(super) const NOT_RUNNING: u8 = 3;
 pub(super) const DEGRADED: u8 = 4;
 const PERMISSION: u8 = 5;
 
@@ -22,6 +23,8 @@ pub(super) struct UsageError(pub(super) String);
 #[error("this machine has no config ({}): run `mesh-agent init` or `mesh-agent join`", config.display())]
 pub(super) struct NeverJoined {
     pub(super) config: PathBuf,
+    /// The exit code: what asks the agent finds none running, what reads the configuration finds an error.
+    pub(super) code: u8,
 }
 
 pub(super) fn code_of(error: &anyhow::Error) -> u8 {
@@ -29,14 +32,18 @@ pub(super) fn code_of(error: &anyhow::Error) -> u8 {
         if cause.is::<UsageError>() {
             return USAGE;
         }
+        if let Some(never_joined) = cause.downcast_ref::<NeverJoined>() {
+            return never_joined.code;
+        }
         match cause.downcast_ref::<ApiError>() {
             Some(ApiError::NotRunning { .. }) => return NOT_RUNNING,
             Some(ApiError::Permission { .. }) => return PERMISSION,
             _ => {}
         }
         let not_ours = matches!(cause.downcast_ref(), Some(StateError::NotOurs { .. }));
+        let no_link = matches!(cause.downcast_ref(), Some(TunError::NotPermitted { .. }));
         let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
-        if not_ours || cause.downcast_ref::<io::Error>().is_some_and(denied) {
+        if not_ours || no_link || cause.downcast_ref::<io::Error>().is_some_and(denied) {
             return PERMISSION;
         }
     }

@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 
+use super::exit::NeverJoined;
 use super::{Global, Output, block_on, exit, print, to_json};
 use crate::api::{ApiError, client};
 use crate::status::{NodeState, PeerStatus, Status, peer_details, peers_table};
@@ -43,8 +44,8 @@ pub(super) fn peers(global: &Global, name: Option<&str>) -> anyhow::Result<u8> {
 fn fetch(global: &Global) -> anyhow::Result<Status> {
     match block_on(client::status(&global.settings().socket))? {
         Ok(status) => Ok(status),
-        Err(error @ ApiError::NotRunning { .. }) if !global.config.exists() => {
-            Err(anyhow::Error::new(error).context(global.never_joined()))
+        Err(ApiError::NotRunning { .. }) if !global.config.exists() => {
+            Err(NeverJoined { code: exit::NOT_RUNNING, ..global.never_joined() }.into())
         }
         Err(error) => Err(error.into()),
     }

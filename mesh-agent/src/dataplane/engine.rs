@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use mesh_common::key::WgPublicKey;
+use mesh_common::limits::REJECT_AFTER_TIME;
 use mesh_common::time::Instant;
 use mesh_proto::device::{PeerCounters, PeerReport, PeerRoute, PeerSpec};
 
@@ -60,13 +61,19 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         Ok(engine)
     }
 
-    /// Adds or changes a peer. Its session survives a change of allowed IPs; any other change makes the tunnel anew. The
+    /// Adds or changes a peer. Its session survives a change of allowed IPs; any other change makes the tunnel anew, with a
+    /// handshake at once where the old one was in use: the peer may have made a session with it that only it still has. The
     /// data threads see it after [`Self::publish`].
     pub fn set_peer(&mut self, key: WgPublicKey, spec: PeerSpec) {
         let (factory, now) = (&self.factory, self.shared.now());
         let make = |index| factory.make(&key, &spec, index, now);
+        let before = self.peers.by_key(&key).cloned();
         let changed = self.peers.set(key, spec.clone(), make);
         self.changed(changed);
+        let is_anew = |before: &Arc<_>| self.peers.by_key(&key).is_some_and(|after| !Arc::ptr_eq(before, after));
+        if before.is_some_and(|before| is_anew(&before) && before.was_used_within(REJECT_AFTER_TIME, now)) {
+            self.start_handshake(&key);
+        }
     }
 
     pub fn remove_peer(&mut self, key: &WgPublicKey) {

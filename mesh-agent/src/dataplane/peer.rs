@@ -153,7 +153,12 @@ impl<T: Tunnel> Peer<T> {
 
     /// Whether the tunnel's timers may have something to do.
     pub(super) fn needs_timers(&self, now: Instant) -> bool {
-        self.keepalive || self.counters.last_used.get().is_some_and(|at| now.since(at) < TIMERS_AFTER_USE)
+        self.keepalive || self.was_used_within(TIMERS_AFTER_USE, now)
+    }
+
+    /// Whether the tunnel did anything in the time before `now`.
+    pub(super) fn was_used_within(&self, time: Duration, now: Instant) -> bool {
+        self.counters.last_used.get().is_some_and(|at| now.since(at) < time)
     }
 
     pub(super) fn used(&self, now: Instant) {

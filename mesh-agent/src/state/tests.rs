@@ -68,7 +68,7 @@ fn an_identity_cut_anywhere_is_an_error_and_never_made_anew() {
     let whole = fs::read(&file).unwrap();
     // The last byte is a line feed, which nothing depends on.
     for len in 0..whole.len() - 1 {
-        durable::replace(&file, &whole[..len], FILE_MODE).unwrap();
+        fs::write(&file, &whole[..len]).unwrap();
         let error = State::open(dir.path()).unwrap_err();
         assert!(matches!(error, StateError::IdentityDamaged { .. }), "cut at {len}: {error}");
         assert_eq!(fs::read(&file).unwrap(), &whole[..len], "cut at {len}: the file was changed");
@@ -76,7 +76,7 @@ fn an_identity_cut_anywhere_is_an_error_and_never_made_anew() {
     for at in 0..whole.len() - 1 {
         let mut flipped = whole.clone();
         flipped[at] ^= 1;
-        durable::replace(&file, &flipped, FILE_MODE).unwrap();
+        fs::write(&file, &flipped).unwrap();
         match State::open(dir.path()) {
             Ok(state) => assert_eq!(state.identity().node_id(), node, "flipped at {at}"),
             Err(error) => assert!(matches!(error, StateError::IdentityDamaged { .. }), "flipped at {at}: {error}"),

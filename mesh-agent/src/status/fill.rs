@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use mesh_common::config::Config;
+use mesh_common::config::{Config, SecretSource};
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
 use mesh_proto::device::PeerCounters;
@@ -65,7 +65,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
             .servers
             .iter()
             .enumerate()
-            .map(|(place, server)| server_status(server, facts.carriers.kind(ServerId(place)), facts.now))
+            .map(|(place, server)| server_status(server, facts.carriers.kind(ServerId(place)), facts))
             .collect(),
         peers,
         counters: counters(facts),
@@ -73,11 +73,12 @@ pub fn running(facts: &Facts<'_>) -> Status {
 }
 
 /// The mesh is off.
-pub fn disabled(config: &Config, state: &State, started_at_ms: u64) -> Status {
+pub fn disabled(config: &Config, host_name: &str, state: &State, started_at_ms: u64) -> Status {
     Status {
         api_version: API_VERSION.to_owned(),
         node: NodeStatus {
             id: state.identity().node_id().to_string(),
+            host_name: host_name.to_owned(),
             public_key: state.wg().public().to_string(),
             ..node(config, started_at_ms)
         },
@@ -91,7 +92,7 @@ pub fn disabled(config: &Config, state: &State, started_at_ms: u64) -> Status {
 fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
     NodeStatus {
         id: String::new(),
-        host_name: config.mesh.host_name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        host_name: String::new(),
         public_key: String::new(),
         overlay_v4: None,
         overlay_v6: None,
@@ -145,11 +146,11 @@ fn problems(facts: &Facts<'_>) -> Vec<Problem> {
     problems
 }
 
-fn server_status(server: &ServerView, carrier: Option<CarrierKind>, now: Instant) -> ServerStatus {
+fn server_status(server: &ServerView, carrier: Option<CarrierKind>, facts: &Facts<'_>) -> ServerStatus {
     let (state, retry_in) = match server.state {
         ClientState::Syncing | ClientState::Live => (ServerState::Connected, None),
         ClientState::Dialing | ClientState::Proving => (ServerState::Connecting, None),
-        ClientState::Waiting { until } => (ServerState::Waiting, Some(until.since(now))),
+        ClientState::Waiting { until } => (ServerState::Waiting, Some(until.since(facts.now))),
         ClientState::Stopped => (ServerState::Waiting, None),
     };
     let carrier = carrier.filter(|_| state == ServerState::Connected).map(|kind| match kind {
@@ -160,9 +161,23 @@ fn server_status(server: &ServerView, carrier: Option<CarrierKind>, now: Instant
         endpoint: format!("https://{}", server.name),
         state,
         carrier,
-        detail: server.detail.clone().unwrap_or_default(),
+        detail: server.detail.clone().or_else(|| lonely(server, facts)).unwrap_or_default(),
         retry_in_ms: retry_in.map(millis),
     }
+}
+
+/// A wrong secret is another cluster, where nobody is: to servers and to this node that is nothing unusual.
+fn lonely(server: &ServerView, facts: &Facts<'_>) -> Option<String> {
+    let is_alone = server.state == ClientState::Live && facts.view.peers.iter().all(|peer| peer.node.is_none());
+    let secret = match &facts.config.cluster.secret {
+        SecretSource::File(file) => file.display().to_string(),
+        SecretSource::Inline(_) => "cluster.secret".to_owned(),
+    };
+    is_alone.then(|| {
+        format!(
+            "no other node with this cluster secret is there: if there should be, copy {secret} anew from one of them"
+        )
+    })
 }
 
 fn peer_status(peer: &PeerView, facts: &Facts<'_>) -> PeerStatus {

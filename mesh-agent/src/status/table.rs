@@ -47,12 +47,12 @@ impl Status {
         if !self.peers.is_empty() {
             let _ = writeln!(text, "\n{}", peers_table(self.peers.iter(), show));
         }
-        let odd = prefixes_table(self.peers.iter(), false);
+        let odd = prefixes_table(self.peers.iter(), false, show);
         if !odd.is_empty() {
             let _ = writeln!(text, "\n{odd}");
         }
         if show.wide && !self.counters.is_empty() {
-            let mut table = plain(&["COUNTER", "VALUE"]);
+            let mut table = plain(&["COUNTER", "VALUE"], show);
             for (name, value) in &self.counters {
                 table.add_row([clean(name), value.to_string()]);
             }
@@ -62,7 +62,7 @@ impl Status {
     }
 
     fn servers_table(&self, show: Show) -> String {
-        let mut table = plain(&["SERVER", "STATE", "CARRIER", "DETAIL"]);
+        let mut table = plain(&["SERVER", "STATE", "CARRIER", "DETAIL"], show);
         for server in &self.servers {
             let colour = match server.state {
                 ServerState::Connected => Color::Green,
@@ -89,7 +89,7 @@ pub fn peers_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, show: Show) 
     if show.wide {
         header.extend(["KIND", "ADDRESS V6", "NODE ID", "PUBLIC KEY", "PREFIXES", "DETAIL"]);
     }
-    let mut table = plain(&header);
+    let mut table = plain(&header, show);
     for peer in peers {
         let colour = match peer.state {
             PeerState::Up => Color::Green,
@@ -139,7 +139,7 @@ pub fn peer_details(peer: &PeerStatus, show: Show) -> String {
             let _ = write!(text, "\n{name:<12}{}", clean(&value));
         }
     }
-    let prefixes = prefixes_table([peer].into_iter(), true);
+    let prefixes = prefixes_table([peer].into_iter(), true, show);
     if !prefixes.is_empty() {
         let _ = write!(text, "\n\n{prefixes}");
     }
@@ -148,8 +148,8 @@ pub fn peer_details(peer: &PeerStatus, show: Show) -> String {
 }
 
 /// What became of prefixes: all of them, or only those that are not routed.
-fn prefixes_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, all: bool) -> String {
-    let mut table = plain(&["PREFIX", "PEER", "STATE", "DETAIL"]);
+fn prefixes_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, all: bool, show: Show) -> String {
+    let mut table = plain(&["PREFIX", "PEER", "STATE", "DETAIL"], show);
     for peer in peers {
         for prefix in peer.prefixes.iter().filter(|prefix| all || prefix.state != PrefixState::Routed) {
             let row = [prefix.prefix.to_string(), clean(&peer.host_name), word(&prefix.state), clean(&prefix.detail)];
@@ -159,8 +159,13 @@ fn prefixes_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, all: bool) ->
     if table.is_empty() { String::new() } else { table.trim_fmt() }
 }
 
-fn plain(header: &[&str]) -> Table {
+fn plain(header: &[&str], show: Show) -> Table {
     let mut table = Table::new();
+    if show.colour {
+        table.enforce_styling();
+    } else {
+        table.force_no_tty();
+    }
     table.load_style(presets::NOTHING);
     table.set_header(header);
     for column in table.column_iter_mut() {
@@ -206,7 +211,7 @@ fn bytes(count: u64) -> String {
         return format!("{count} B");
     }
     let power = usize::try_from(count.ilog2() / 10).unwrap_or(1).min(UNITS.len());
-    let tenths = u128::from(count) * 10 >> (10 * power);
+    let tenths = (u128::from(count) * 10) >> (10 * power);
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[power - 1])
 }
 
@@ -219,6 +224,6 @@ mod tests {
         let ages = [0, 999, 1000, 119_999, 120_000, 7_199_999, 7_200_000, 200_000_000].map(age);
         assert_eq!(ages, ["0 ms", "999 ms", "1 s", "119 s", "2 min", "119 min", "2 h", "2 d"]);
         let sizes = [0, 1023, 1024, 1536, 64 << 20, u64::MAX].map(bytes);
-        assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "64.0 MiB", "16384.0 PiB"]);
+        assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "64.0 MiB", "16383.9 PiB"]);
     }
 }

@@ -153,17 +153,37 @@ impl Node {
 
     /// Executes `mesh-agent run`; does not wait for it to be ready.
     pub fn start(&mut self) -> Result<()> {
+        self.process = Some(Process::start(&self.host, self.command("run"), &self.log_stem())?);
+        Ok(())
+    }
+
+    /// A command of the agent with this node's places, to be changed by the caller and given to
+    /// [`Node::run_to_end`].
+    pub fn command(&self, subcommand: &str) -> Command {
         let mut command = Command::new(&self.program);
         command
-            .arg("run")
+            .arg(subcommand)
             .arg("--config")
             .arg(self.config_path())
             .arg("--state-dir")
             .arg(self.state_dir())
             .arg("--socket")
             .arg(self.socket_path());
-        self.process = Some(Process::start(&self.host, command, &self.dir.join("log/agent"))?);
-        Ok(())
+        command
+    }
+
+    /// Runs a command on the node's host until it ends by itself.
+    pub fn run_to_end(&self, command: Command) -> Result<Answer> {
+        process::run_command(&self.host, command, &self.dir.join("log"))
+    }
+
+    /// Everything the agent has logged since the node was made.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.log_stem().with_extension("err"))?)
+    }
+
+    fn log_stem(&self) -> PathBuf {
+        self.dir.join("log/agent")
     }
 
     /// Ends the agent as a crash would.
@@ -212,41 +232,38 @@ impl Node {
         })
     }
 
+    /// All of `status -o json`.
+    pub fn status_json(&self) -> Result<serde_json::Value> {
+        let mut command = self.command("status");
+        command.args(["-o", "json"]);
+        let answer = self.run_to_end(command)?;
+        serde_json::from_str(&answer.stdout).with_context(|| format!("status says {}{}", answer.stdout, answer.stderr))
+    }
+
     /// What a person sees.
     pub fn status_table(&self) -> Result<String> {
         Ok(self.cli(&["status", "--socket", &self.socket_path().to_string_lossy(), "-o", "table"])?.stdout)
     }
 
     pub fn up(&self) -> Result<()> {
-        self.command("up")
+        self.change("up")
     }
 
     pub fn down(&self) -> Result<()> {
-        self.command("down")
+        self.change("down")
     }
 
     pub fn leave(&self) -> Result<()> {
-        self.command("leave")
+        self.change("leave")
     }
 
     pub fn cleanup(&self) -> Result<()> {
-        self.command("cleanup")
+        self.change("cleanup")
     }
 
-    /// Everything that the agent logged since the first start.
-    pub fn log(&self) -> Result<String> {
-        Ok(fs::read_to_string(self.dir.join("log/agent.err"))?)
-    }
-
-    /// Runs a command that changes the node, told where the node's files are.
-    fn command(&self, name: &str) -> Result<()> {
-        let (config, state, socket) = (self.config_path(), self.state_dir(), self.socket_path());
-        let paths = [config, state, socket].map(|path| path.to_string_lossy().into_owned());
-        let [config, state, socket] = &paths;
-        self.cli(&[name, "--config", config, "--state-dir", state, "--socket", socket])?
-            .success()
-            .with_context(|| format!("mesh-agent {name}"))
-            .map(drop)
+    fn change(&self, subcommand: &str) -> Result<()> {
+        let answer = self.run_to_end(self.command(subcommand))?;
+        answer.success().with_context(|| format!("mesh-agent {subcommand}")).map(drop)
     }
 
     /// A dump of the host and of every file an agent may touch but its state directory, which stays by design: it holds

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -46,7 +46,8 @@ impl Server {
     pub fn start(&mut self) -> Result<ServerAddress> {
         let mut command = Command::new(&self.program);
         for (flag, port) in [("--listen", SESSION_PORT), ("--stun", STUN_PORT), ("--http", HTTP_PORT)] {
-            command.arg(flag).arg(format!("{}:{port}", self.address));
+            let at = SocketAddr::new(self.address, port);
+            command.arg(flag).arg(at.to_string());
         }
         command.arg("--state-dir").arg(self.dir.join("state"));
         if let Some(ttl) = self.ttl {

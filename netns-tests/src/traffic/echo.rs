@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU16, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -79,6 +79,7 @@ pub fn first_unreachable(
 #[derive(Debug)]
 pub struct EchoStream {
     stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
     thread: Option<JoinHandle<Result<EchoTotals>>>,
 }
 
@@ -92,9 +93,9 @@ pub struct EchoTotals {
 
 impl EchoStream {
     pub fn start(host: &Host, to: IpAddr, payload: Vec<u8>, every: Duration) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let thread = host.start_inside({
-            let stop = Arc::clone(&stop);
+            let (stop, answered) = (Arc::clone(&stop), Arc::clone(&answered));
             move || {
                 let mut echo = Echo::open(to, &payload)?;
                 let mut totals = EchoTotals::default();
@@ -106,12 +107,18 @@ impl EchoStream {
                     }
                     while echo.wait_reply(next)? {
                         totals.answered += 1;
+                        answered.store(totals.answered, Ordering::Relaxed);
                     }
                 }
                 Ok(totals)
             }
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, answered, thread: Some(thread) })
+    }
+
+    /// Replies so far.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
     }
 
     pub fn stop(mut self) -> Result<EchoTotals> {

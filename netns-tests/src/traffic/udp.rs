@@ -26,7 +26,7 @@ const LOOK: Duration = Duration::from_millis(20);
 pub struct UdpStream {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU64>,
-    sender: Option<JoinHandle<Result<u64>>>,
+    sender: Option<JoinHandle<Result<Sent>>>,
     receiver: Option<JoinHandle<Result<Received>>>,
     sender_done: Arc<AtomicBool>,
 }
@@ -40,8 +40,12 @@ pub struct UdpTotals {
     pub duplicate: u64,
     /// Sends that the local kernel refused; they are lost too.
     pub refused: u64,
+    /// Numbered datagrams that came with another payload than was sent.
+    pub corrupt: u64,
     /// Longest time between two arrivals.
     pub longest_gap: Duration,
+    /// Longest time between two sends: what a busy machine adds to the gap of arrivals.
+    pub longest_pause: Duration,
 }
 
 impl UdpStream {
@@ -55,7 +59,8 @@ impl UdpStream {
             (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let receiver = to.start_inside({
             let (done, sent) = (Arc::clone(&sender_done), Arc::clone(&sent));
-            move || receive(&inbox, &done, &sent)
+            let payload = payload.to_vec();
+            move || receive(&inbox, &payload, &done, &sent)
         })?;
         let sender = from.start_inside({
             let (stop, sent, payload) = (Arc::clone(&stop), Arc::clone(&sent), payload.to_vec());
@@ -71,20 +76,22 @@ impl UdpStream {
 
     /// Stops sending, waits for late datagrams, and counts.
     pub fn stop(mut self) -> Result<UdpTotals> {
-        let (refused, received) = self.join()?;
+        let (sender, received) = self.join()?;
         let sent = self.sent();
         Ok(UdpTotals {
             sent,
             lost: sent - received.distinct,
             duplicate: received.duplicate,
-            refused,
+            refused: sender.refused,
+            corrupt: received.corrupt,
             longest_gap: received.longest_gap,
+            longest_pause: sender.longest_pause,
         })
     }
 
-    fn join(&mut self) -> Result<(u64, Received)> {
+    fn join(&mut self) -> Result<(Sent, Received)> {
         self.stop.store(true, Ordering::Relaxed);
-        let refused = self
+        let sender = self
             .sender
             .take()
             .context("the stream was stopped before")?
@@ -97,7 +104,7 @@ impl UdpStream {
             .context("the stream was stopped before")?
             .join()
             .map_err(|_| anyhow!("the UDP receiver panicked"))??;
-        Ok((refused??, received))
+        Ok((sender??, received))
     }
 }
 
@@ -122,31 +129,42 @@ pub fn send_clear(from: &Host, to: SocketAddr, payload: &[u8], mark: u32) -> Res
 }
 
 #[derive(Debug, Default)]
+struct Sent {
+    refused: u64,
+    longest_pause: Duration,
+}
+
+#[derive(Debug, Default)]
 struct Received {
     distinct: u64,
     duplicate: u64,
+    corrupt: u64,
     longest_gap: Duration,
 }
 
-fn send(target: SocketAddr, per_second: u32, payload: &[u8], stop: &AtomicBool, sent: &AtomicU64) -> Result<u64> {
+fn send(target: SocketAddr, per_second: u32, payload: &[u8], stop: &AtomicBool, sent: &AtomicU64) -> Result<Sent> {
     let any: IpAddr = if target.is_ipv6() { [0u8; 16].into() } else { [0u8; 4].into() };
     let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
     let step = Duration::from_secs(1) / per_second;
-    let mut refused = 0;
+    let mut result = Sent::default();
     let mut next = Instant::now();
+    let mut last = next;
     while !stop.load(Ordering::Relaxed) {
         let number = sent.load(Ordering::Relaxed);
         let mut datagram = number.to_be_bytes().to_vec();
         datagram.extend(payload);
-        refused += u64::from(socket.send_to(&datagram, target).is_err());
+        result.refused += u64::from(socket.send_to(&datagram, target).is_err());
+        let now = Instant::now();
+        result.longest_pause = result.longest_pause.max(now - last);
+        last = now;
         sent.store(number + 1, Ordering::Relaxed);
         next += step;
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
-    Ok(refused)
+    Ok(result)
 }
 
-fn receive(inbox: &UdpSocket, sender_done: &AtomicBool, sent: &AtomicU64) -> Result<Received> {
+fn receive(inbox: &UdpSocket, payload: &[u8], sender_done: &AtomicBool, sent: &AtomicU64) -> Result<Received> {
     inbox.set_read_timeout(Some(LOOK))?;
     let mut seen: Vec<bool> = Vec::new();
     let mut result = Received::default();
@@ -169,6 +187,7 @@ fn receive(inbox: &UdpSocket, sender_done: &AtomicBool, sent: &AtomicU64) -> Res
                 if number > sent.load(Ordering::Relaxed) as usize {
                     continue;
                 }
+                result.corrupt += u64::from(buffer[8..length] != *payload);
                 if seen.len() <= number {
                     seen.resize(number + 1, false);
                 }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use mesh_common::addr::{self, Claim};
 use mesh_common::id::NodeId;
-use mesh_common::key::{ClusterKeys, SignKey, WgProof, WgPublicKey};
+use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey};
 use mesh_common::limits::{FIRST_SNAPSHOT_WAIT, RECONCILE_INTERVAL};
 use mesh_common::time::Instant;
 
@@ -110,6 +110,8 @@ pub struct Agent {
     paths: BTreeMap<WgPublicKey, PathAgent>,
     static_routes: BTreeMap<WgPublicKey, PeerRoute>,
     peers: Vec<Peer>,
+    /// Derived once for each pair of keys.
+    preshared_keys: BTreeMap<(WgPublicKey, NodeId), PresharedKey>,
     /// Peers that counted as down when the desired state was last worked out.
     down: BTreeSet<WgPublicKey>,
     observed: Option<Observed>,
@@ -181,6 +183,7 @@ impl Agent {
             paths: BTreeMap::new(),
             static_routes: BTreeMap::new(),
             peers: Vec::new(),
+            preshared_keys: BTreeMap::new(),
             down: BTreeSet::new(),
             observed: None,
             own_prefixes: BTreeMap::new(),
@@ -241,6 +244,7 @@ impl Agent {
         self.set_own_prefixes(now);
         if servers_changed {
             self.disconnect_servers();
+            self.members.forget_servers_from(ServerId(self.settings.servers.len()));
             self.connect_servers(now);
         }
         self.rp_filter_denied.clear();
@@ -457,12 +461,14 @@ impl Agent {
             }
             ClientEvent::Frame(bytes) => self.handle_frame(server, bytes, now),
             ClientEvent::Synced { listed } => {
-                self.members.set_listing(server, &listed);
+                let changed = self.members.set_listing(server, &listed);
                 if self.synced_at.is_none() {
                     tracing::info!(server = %name, members = self.members.iter().count(), "learned the members of the cluster");
+                    self.synced_at = Some(now);
+                    self.work_out_at(now);
+                } else if changed {
+                    self.work_out_at(now + SETTLE);
                 }
-                self.synced_at.get_or_insert(now);
-                self.work_out_at(now);
             }
             ClientEvent::Gone(node) => {
                 self.members.unlist(server, &node);
@@ -548,8 +554,7 @@ impl Agent {
     fn desired(&self, observed: &Observed) -> Desired {
         Inputs {
             settings: &self.settings,
-            keys: &self.keys,
-            own: (self.identity.node_id(), self.wg_public),
+            preshared_keys: &self.preshared_keys,
             overlay_v6: self.overlay_v6(),
             overlay_v4: self.overlay_v4(),
             peers: &self.peers,
@@ -590,8 +595,14 @@ impl Agent {
 
     /// One path agent a member, one route a static peer.
     fn sync_paths(&mut self, now: Instant) {
-        self.paths.retain(|key, _| self.peers.iter().any(|peer| peer.key == *key));
+        let keys: BTreeSet<WgPublicKey> = self.peers.iter().map(|peer| peer.key).collect();
+        self.paths.retain(|key, _| keys.contains(key));
+        self.preshared_keys.retain(|(key, _), _| keys.contains(key));
+        let own = (self.identity.node_id(), self.wg_public);
         for peer in &self.peers {
+            self.preshared_keys
+                .entry((peer.key, peer.node))
+                .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
             let path = self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64()));
             path.handle_candidates(&peer.candidates);
             path.handle_instance(peer.instance, now);

@@ -1,11 +1,11 @@
 //! What should be on this host: a pure function of settings, peers and the state of their paths.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use mesh_common::id::NodeId;
-use mesh_common::key::{ClusterKeys, WgPublicKey};
+use mesh_common::key::{PresharedKey, WgPublicKey};
 
 use crate::device::{Desired, Family, Link, PeerSpec, Route, RouteKind, UnderlayLink};
 use crate::mesh::peer::Peer;
@@ -15,8 +15,8 @@ use crate::mesh::settings::Settings;
 #[derive(Debug)]
 pub struct Inputs<'a> {
     pub settings: &'a Settings,
-    pub keys: &'a ClusterKeys,
-    pub own: (NodeId, WgPublicKey),
+    /// Of every peer.
+    pub preshared_keys: &'a BTreeMap<(WgPublicKey, NodeId), PresharedKey>,
     pub overlay_v6: Ipv6Addr,
     pub overlay_v4: Option<Ipv4Addr>,
     pub peers: &'a [Peer],
@@ -34,20 +34,18 @@ impl Inputs<'_> {
     pub fn desired(&self) -> Desired {
         let mut peers = BTreeMap::new();
         let mut routes = BTreeSet::new();
+        let endpoints = self.endpoints_v4();
         for peer in self.peers {
             let allowed_ips = peer.routed();
-            self.add_routes(&mut routes, &allowed_ips, self.down.contains(&peer.key));
-            let preshared_key = Some(self.keys.pair_psk(self.own, (peer.node, peer.key)));
-            let spec = PeerSpec {
-                preshared_key,
-                allowed_ips,
-                keepalive: None,
-                generation: self.tunnels.get(&peer.key).copied().unwrap_or(0),
-            };
+            let is_down = self.down.contains(&peer.key);
+            self.add_routes(&mut routes, &allowed_ips, is_down, &endpoints);
+            let preshared_key = self.preshared_keys.get(&(peer.key, peer.node)).cloned();
+            let generation = self.tunnels.get(&peer.key).copied().unwrap_or(0);
+            let spec = PeerSpec { preshared_key, allowed_ips, keepalive: None, generation };
             peers.insert(peer.key, spec);
         }
         for peer in &self.settings.static_peers {
-            self.add_routes(&mut routes, &peer.allowed_ips, false);
+            self.add_routes(&mut routes, &peer.allowed_ips, false, &endpoints);
             let spec = PeerSpec {
                 preshared_key: peer.preshared_key.clone(),
                 allowed_ips: peer.allowed_ips.clone(),
@@ -74,8 +72,17 @@ impl Inputs<'_> {
         }
     }
 
-    fn add_routes(&self, routes: &mut BTreeSet<Route>, prefixes: &BTreeSet<IpNet>, down: bool) {
+    fn add_routes(
+        &self,
+        routes: &mut BTreeSet<Route>,
+        prefixes: &BTreeSet<IpNet>,
+        is_peer_down: bool,
+        endpoints: &BTreeSet<IpAddr>,
+    ) {
         for prefix in prefixes.iter().copied() {
+            // Linux's reverse path filter, strict or loose, drops what comes from an address whose route is `unreachable`:
+            // a peer that is down could never answer from inside such a prefix. So that one keeps its device route.
+            let down = is_peer_down && (self.settings.allow_down_peer_bypass || !holds_any(&prefix, endpoints));
             if !self.settings.allow_down_peer_bypass {
                 routes.insert(Route { prefix, kind: RouteKind::Unreachable });
             } else if down {
@@ -91,6 +98,12 @@ impl Inputs<'_> {
         }
     }
 
+    /// Where peers may send from. IPv6 has no reverse path filter.
+    fn endpoints_v4(&self) -> BTreeSet<IpAddr> {
+        let candidates = self.peers.iter().flat_map(|peer| &peer.candidates);
+        candidates.map(SocketAddr::ip).filter(IpAddr::is_ipv4).collect()
+    }
+
     /// A peer's wide prefix must not take the host's own LAN away from it.
     fn spare_connected_subnets(&self, routes: &mut BTreeSet<Route>) {
         let prefixes: BTreeSet<IpNet> = routes.iter().map(|route| route.prefix).collect();
@@ -102,10 +115,8 @@ impl Inputs<'_> {
 
     /// Answers of a peer whose endpoint lies inside a mesh prefix come in by the underlay, while the route back is the mesh.
     fn loose_rp_filter(&self) -> BTreeSet<String> {
-        let endpoints = self.peers.iter().flat_map(|peer| &peer.candidates).map(|at| at.ip());
-        let routed: Vec<IpNet> = self.peers.iter().flat_map(Peer::routed).collect();
-        let is_captured = |addr: &IpAddr| addr.is_ipv4() && routed.iter().any(|prefix| prefix.contains(addr));
-        if !endpoints.into_iter().any(|addr| is_captured(&addr)) {
+        let endpoints = self.endpoints_v4();
+        if !self.peers.iter().any(|peer| peer.routed().iter().any(|prefix| holds_any(prefix, &endpoints))) {
             return BTreeSet::new();
         }
         self.underlay
@@ -116,4 +127,8 @@ impl Inputs<'_> {
             .filter(|link| !self.rp_filter_denied.contains(link))
             .collect()
     }
+}
+
+fn holds_any(prefix: &IpNet, addrs: &BTreeSet<IpAddr>) -> bool {
+    addrs.range(prefix.network()..=prefix.broadcast()).next().is_some()
 }

@@ -142,14 +142,20 @@ impl Members {
         Ok(admission)
     }
 
-    /// The whole listing of one server; members it does not list keep standing.
-    pub fn set_listing(&mut self, server: ServerId, listed: &BTreeSet<NodeId>) {
+    /// The whole listing of one server; members it does not list keep standing. Whether it changed who lists whom.
+    pub fn set_listing(&mut self, server: ServerId, listed: &BTreeSet<NodeId>) -> bool {
+        let mut changed = false;
         for (node, member) in &mut self.members {
-            if listed.contains(node) {
-                member.listed_by.insert(server);
-            } else {
-                member.listed_by.remove(&server);
-            }
+            changed |=
+                if listed.contains(node) { member.listed_by.insert(server) } else { member.listed_by.remove(&server) };
+        }
+        changed
+    }
+
+    /// Servers from this place on are configured no longer: what they listed counts no longer.
+    pub fn forget_servers_from(&mut self, first: ServerId) {
+        for member in self.members.values_mut() {
+            member.listed_by.retain(|server| *server < first);
         }
     }
 

@@ -80,44 +80,42 @@ pub struct Surroundings<'a> {
 impl Surroundings<'_> {
     /// Judges every member.
     pub fn peers(&self) -> Vec<Peer> {
-        let prefix_owners = self.prefix_owners();
-        let v4_owners = self.v4_owners();
-        let mut peers: Vec<_> =
-            self.members.iter().map(|(node, member)| self.peer(*node, member, &prefix_owners, &v4_owners)).collect();
+        let shared = Shared {
+            prefix_owners: self.prefix_owners(),
+            v4_owners: self.v4_owners(),
+            overlay_space: self.overlay_space(),
+            own_addresses: self.underlay.iter().flat_map(|link| link.addresses.iter().map(IpNet::addr)).collect(),
+        };
+        let mut peers: Vec<_> = self.members.iter().map(|(node, member)| self.peer(*node, member, &shared)).collect();
         self.refuse_captured_endpoints(&mut peers);
         peers
     }
 
-    fn peer(
-        &self,
-        node: NodeId,
-        member: &Member,
-        prefix_owners: &BTreeMap<IpNet, Claim>,
-        v4_owners: &BTreeMap<Ipv4Addr, Claim>,
-    ) -> Peer {
+    fn peer(&self, node: NodeId, member: &Member, shared: &Shared) -> Peer {
         let record = &member.record;
         let overlay_v4 = record.overlay_v4.map(|overlay| overlay.addr);
-        let overlay_v4 = overlay_v4.filter(|addr| v4_owners.get(addr).is_some_and(|claim| claim.node == node));
+        let is_owner = |addr: &Ipv4Addr| shared.v4_owners.get(addr).is_some_and(|claim| claim.node == node);
+        let overlay_v4 = overlay_v4.filter(is_owner);
         let announced: BTreeSet<IpNet> = record.prefixes.iter().map(|claim| claim.prefix).collect();
         Peer {
             node,
             key: record.wg_key,
             overlay_v6: record.overlay_v6,
             overlay_v4: overlay_v4.filter(|addr| self.local_overlap(IpNet::from(IpAddr::V4(*addr))).is_none()),
-            prefixes: announced.into_iter().map(|prefix| (prefix, self.verdict(prefix, node, prefix_owners))).collect(),
-            candidates: self.candidates(member),
+            prefixes: announced.into_iter().map(|prefix| (prefix, self.verdict(prefix, node, shared))).collect(),
+            candidates: self.candidates(member, shared),
             instance: record.instance,
         }
     }
 
-    fn verdict(&self, prefix: IpNet, node: NodeId, owners: &BTreeMap<IpNet, Claim>) -> Verdict {
+    fn verdict(&self, prefix: IpNet, node: NodeId, shared: &Shared) -> Verdict {
         if let Err(refusal) = addr::check_prefix(prefix, self.settings.allow_wide_prefixes) {
             return Verdict::Refused(refusal);
         }
-        if self.overlay_space().iter().any(|space| space.contains(&prefix)) {
+        if shared.overlay_space.iter().any(|space| space.contains(&prefix)) {
             return Verdict::OverlaySpace;
         }
-        match owners.get(&prefix) {
+        match shared.prefix_owners.get(&prefix) {
             Some(claim) if claim.node != node => return Verdict::OwnedBy(claim.node),
             _ => {}
         }
@@ -174,15 +172,12 @@ impl Surroundings<'_> {
         })
     }
 
-    fn candidates(&self, member: &Member) -> Vec<SocketAddr> {
-        let own: BTreeSet<IpAddr> =
-            self.underlay.iter().flat_map(|link| link.addresses.iter().map(IpNet::addr)).collect();
-        let space = self.overlay_space();
+    fn candidates(&self, member: &Member, shared: &Shared) -> Vec<SocketAddr> {
         let usable = |at: &SocketAddr| {
             at.port() != 0
                 && addr::is_routable(at.ip())
-                && !own.contains(&at.ip())
-                && !space.iter().any(|space| space.contains(&at.ip()))
+                && !shared.own_addresses.contains(&at.ip())
+                && !shared.overlay_space.iter().any(|space| space.contains(&at.ip()))
         };
         let rank = |kind: CandidateKind, at: &SocketAddr| {
             let on_link = self.connected().any(|(subnet, _)| subnet.contains(&at.ip()));
@@ -219,6 +214,14 @@ impl Surroundings<'_> {
             }
         }
     }
+}
+
+/// What judging one member needs of all of them.
+struct Shared {
+    prefix_owners: BTreeMap<IpNet, Claim>,
+    v4_owners: BTreeMap<Ipv4Addr, Claim>,
+    overlay_space: [IpNet; 2],
+    own_addresses: BTreeSet<IpAddr>,
 }
 
 /// Live claims first, then the smallest.

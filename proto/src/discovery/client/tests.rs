@@ -250,16 +250,17 @@ fn a_session_is_kept_alive_and_a_dead_one_noticed() {
     let mut client = dialing();
     live(&mut client, 1, at(0));
     assert_eq!(client.poll_timeout().unwrap().0, at(0) + SESSION_KEEPALIVE);
-    client.handle_timeout(at(10));
+    let pinged = at(0) + SESSION_KEEPALIVE;
+    client.handle_timeout(pinged);
     assert_eq!(sent(&mut client), [ClientMessage::Ping(1)]);
-    receive(&mut client, &ServerMessage::Pong(1), at(11));
-    client.handle_timeout(at(20));
-    client.handle_timeout(at(30));
+    receive(&mut client, &ServerMessage::Pong(1), pinged);
+    client.handle_timeout(pinged + SESSION_KEEPALIVE);
+    client.handle_timeout(pinged + SESSION_KEEPALIVE + Duration::from_secs(1));
     assert_eq!(sent(&mut client), [ClientMessage::Ping(2)], "one ping at a time");
-    client.handle_timeout(at(40));
+    client.handle_timeout(pinged + (SESSION_IDLE - Duration::from_secs(1)));
     assert_eq!(client.state(), ClientState::Live);
-    client.handle_timeout(at(11) + SESSION_IDLE);
-    assert_eq!(hung_up(&mut client).0, "disc.example:7443 was silent for 30s");
+    client.handle_timeout(pinged + SESSION_IDLE);
+    assert_eq!(hung_up(&mut client).0, "disc.example:7443 was silent for 15s");
 }
 
 #[test]
@@ -415,7 +416,7 @@ fn the_newest_record_is_put_once_a_session_and_a_refused_one_not_again() {
     assert_eq!(sent(&mut client), [ClientMessage::Put(record(1, 7).as_bytes().clone())]);
     receive(&mut client, &refusal(ErrorCode::Stale, Duration::ZERO), at(0));
     assert!(matches!(events(&mut client).as_slice(), [ClientEvent::Refused(_)]));
-    client.handle_timeout(at(5));
+    client.handle_timeout(at(4));
     assert_eq!(sent(&mut client), []);
     client.publish(record(1, 8), at(6));
     assert_eq!(sent(&mut client), [ClientMessage::Put(record(1, 8).as_bytes().clone())]);

@@ -500,10 +500,10 @@ fn one_node_on_two_connections_is_one_member() {
     events(&mut server);
     server.handle_disconnected(ConnId(1), at(1));
     assert_eq!(events(&mut server), [], "it is still there");
-    server.handle_timeout(at(20));
-    say(&mut server, 2, &ClientMessage::Ping(1).encode(), at(20));
+    server.handle_timeout(at(10));
+    say(&mut server, 2, &ClientMessage::Ping(1).encode(), at(10));
     events(&mut server);
-    server.handle_disconnected(ConnId(2), at(21));
+    server.handle_disconnected(ConnId(2), at(11));
     assert_eq!(events(&mut server), [ServerEvent::Left { namespace, node: node(1) }]);
 }
 
@@ -562,17 +562,17 @@ fn silent_connections_are_closed_in_time() {
     server.handle_disconnected(ConnId(1), at(10));
 
     // Anything it says keeps a session: the deadline moves on when it fires.
-    say(&mut server, 2, &ClientMessage::Ping(1).encode(), at(29));
+    say(&mut server, 2, &ClientMessage::Ping(1).encode(), at(14));
     events(&mut server);
-    server.handle_timeout(at(30));
+    server.handle_timeout(at(0) + SESSION_IDLE);
     assert_eq!(events(&mut server), []);
-    assert_eq!(server.poll_timeout().unwrap().0, at(29) + SESSION_IDLE);
-    server.handle_timeout(at(29) + SESSION_IDLE);
+    assert_eq!(server.poll_timeout().unwrap().0, at(14) + SESSION_IDLE);
+    server.handle_timeout(at(14) + SESSION_IDLE);
     let left = ServerEvent::Left { namespace: keys(1).namespace, node: node(2) };
     assert_eq!(events(&mut server), [left, ServerEvent::Close(ConnId(2))]);
     assert_eq!(refused(&server, reason::IDLE), 1);
     // A carrier that never ends is forgotten.
-    server.handle_timeout(at(59) + CLOSE_GRACE);
+    server.handle_timeout(at(14) + SESSION_IDLE + CLOSE_GRACE);
     assert_eq!(server.stats().connections, 0);
 }
 

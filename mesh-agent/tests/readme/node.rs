@@ -1,0 +1,132 @@
+//! A running node in trouble, without a host under it: what `status` says, made by the code that an agent says it with.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_agent::clock;
+use mesh_agent::dataplane::{BoringTunnels, Engine, EngineStats, Tun, UdpSockets};
+use mesh_agent::io::carriers::Carriers;
+use mesh_agent::io::session::Dialer;
+use mesh_agent::status::{Show, Status, fill};
+use mesh_common::addr::PrefixRefusal;
+use mesh_common::config::Config;
+use mesh_common::id::{Namespace, NodeId};
+use mesh_common::key::{WgPublicKey, WgSecret};
+use mesh_common::time::Instant;
+use mesh_proto::device::PeerCounters;
+use mesh_proto::discovery::client::ClientState;
+use mesh_proto::mesh::agent::{PeerView, ServerView, View};
+use mesh_proto::mesh::members::{RejectedShape, Rejection};
+use mesh_proto::mesh::peer::Verdict;
+use mesh_proto::path::agent::PathState;
+use mesh_proto::sealed::OpenError;
+
+/// Every way to be degraded that a host does not have to be broken for, and a peer for each odd prefix.
+pub(crate) fn status() -> Status {
+    let dialer = Dialer::new().unwrap();
+    let now = Instant::from_origin(Duration::from_secs(1000));
+    let verdicts = [
+        Verdict::LocalOverlap { subnet: "10.0.0.0/24".parse().unwrap(), link: "eth0".to_owned() },
+        Verdict::OwnedBy(NodeId([0x3f; 32])),
+        Verdict::Refused(PrefixRefusal::TooWide),
+        Verdict::OverlaySpace,
+        Verdict::RpFilter { link: "eth0".to_owned() },
+    ];
+    let peer = PeerView {
+        node: Some(NodeId([1; 32])),
+        name: "node-2".to_owned(),
+        key: WgPublicKey([2; 32]),
+        overlay_v6: None,
+        overlay_v4: None,
+        state: Some(PathState::Down { since: Instant::from_origin(Duration::from_secs(986)) }),
+        endpoint: None,
+        candidates: vec!["192.0.2.2:51872".parse().unwrap(), "[2001:db8::2]:51872".parse().unwrap()],
+        prefixes: verdicts.map(|verdict| ("10.0.0.7/32".parse().unwrap(), verdict)).into(),
+        last_evidence: None,
+    };
+    let view = View {
+        node: NodeId([3; 32]),
+        namespace: Namespace([4; 32]),
+        wg_public: WgPublicKey([5; 32]),
+        overlay_v6: "fd00::1".parse().unwrap(),
+        overlay_v4: None,
+        published_seq: None,
+        servers: vec![ServerView {
+            name: "disc.example:443".to_owned(),
+            state: ClientState::Waiting { until: now },
+            detail: Some("the reason, as below".to_owned()),
+        }],
+        peers: vec![peer],
+        failed_steps: BTreeMap::new(),
+        rp_filter_denied: vec!["eth0".to_owned()],
+        clone_seen: true,
+        rejected: rejections().into_iter().map(|why| (why, 1)).collect(),
+        malformed: 1,
+    };
+    let counters = |_: &WgPublicKey| PeerCounters { last_handshake: Some(now), ..PeerCounters::default() };
+    fill::running(&fill::Facts {
+        config: &Config::parse("").unwrap(),
+        view: &view,
+        carriers: &Carriers::new(dialer),
+        counters: &counters,
+        engine: &drops(),
+        host_name: "node-1",
+        started_at_ms: 0,
+        is_ready: true,
+        host_problem: None,
+        is_state_dir_failing: true,
+        now,
+    })
+}
+
+/// What `status` and `peers` say about it.
+pub(crate) fn troubles() -> Vec<String> {
+    let status = status();
+    let shown = status.to_table(Show { wide: true, colour: false, now_ms: 0 });
+    let problems =
+        status.node.problems.iter().map(|problem| format!("Problem: {}\n    Fix: {}", problem.what, problem.fix));
+    let mut said: Vec<String> = problems.collect();
+    for problem in &said {
+        assert!(shown.contains(problem.as_str()), "{problem} is not in\n{shown}");
+    }
+    let peer = &status.peers[0];
+    said.push(peer.detail.clone());
+    said.extend(peer.prefixes.iter().map(|prefix| {
+        let state = serde_json::to_value(prefix.state).unwrap();
+        format!("{}: {}", state.as_str().unwrap(), prefix.detail)
+    }));
+    said
+}
+
+/// Every counter that there can be.
+pub(crate) fn counters() -> BTreeSet<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    status().counters.into_keys().collect()
+}
+
+fn drops() -> EngineStats {
+    let sockets = UdpSockets::bind(0, 0).unwrap();
+    let tunnels = BoringTunnels::new(&WgSecret::from_seed(&[1; 32]));
+    let mut engine = Engine::start(None::<Tun>, sockets, tunnels, Arc::new(clock::now)).unwrap();
+    let stats = engine.stats();
+    engine.stop();
+    stats
+}
+
+fn rejections() -> Vec<String> {
+    let shapes = [RejectedShape::Length, RejectedShape::Magic, RejectedShape::Unknown].map(Rejection::Shape);
+    let opening = [
+        OpenError::ForeignNamespace,
+        OpenError::Signature,
+        OpenError::Sealed,
+        OpenError::Malformed,
+        OpenError::UnknownExtension,
+        OpenError::Proof,
+        OpenError::OverlayAddress,
+    ];
+    let others = [Rejection::Stale, Rejection::KeyTaken, Rejection::Denied, Rejection::TooMany];
+    let all = shapes.into_iter().chain(opening.map(Rejection::Open)).chain(others);
+    all.map(|why| why.to_string()).collect()
+}

@@ -1,0 +1,297 @@
+//! A simulated machine: the real agent, a model kernel, a model engine, and a disk that survives a restart.
+//!
+//! Does what mesh-agent's event loop does: turns the agent's events into effects and feeds back what came of them. What takes
+//! time or crosses the network is an [`Effect`] for the world.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use bytes::Bytes;
+use ipnet::IpNet;
+use mesh_common::addr;
+use mesh_common::id::NodeId;
+use mesh_common::key::{ClusterKeys, SignKey, WgPublicKey, WgSecret};
+use mesh_common::time::Instant;
+use mesh_proto::device::{Action, UnderlayLink};
+use mesh_proto::mesh::agent::{Agent, AgentEvent, OwnClaim, Start, StepError};
+use mesh_proto::mesh::members::ServerId;
+use mesh_proto::mesh::settings::Settings;
+use mesh_proto::random::SplitMix64;
+
+use crate::engine::{Engine, Output};
+use crate::kernel::Kernel;
+
+/// What a host is for its whole life.
+#[derive(Debug)]
+pub struct HostPlan {
+    pub keys: ClusterKeys,
+    pub identity: SignKey,
+    pub wg: WgSecret,
+    pub settings: Settings,
+    pub site: usize,
+    pub underlay: Vec<UnderlayLink>,
+    pub rp_filter_read_only: bool,
+    /// Where its pods are.
+    pub pods: Option<IpNet>,
+    /// Its wall clock at the origin of virtual time.
+    pub unix_ms: u64,
+    pub seed: u64,
+    pub sabotage: Option<Sabotage>,
+}
+
+/// A broken host, to see the model turn red.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sabotage {
+    /// Delivers inner packets whatever their source.
+    DeliversForeignSources,
+    /// Says that steps were done and does none.
+    IgnoresSteps,
+    /// Never makes the floor.
+    OmitsFloor,
+    /// Forgets the highest sequence numbers it saw, at every restart.
+    ForgetsMarks,
+}
+
+/// What survives a restart.
+#[derive(Debug, Default, Clone)]
+pub struct Disk {
+    pub last_seq: u64,
+    pub claim: Option<OwnClaim>,
+    pub marks: BTreeMap<NodeId, u64>,
+    pub frames: Vec<Bytes>,
+}
+
+/// What the world has to do for a host.
+#[derive(Debug)]
+pub enum Effect {
+    Dial(ServerId),
+    HangUp(ServerId),
+    Transmit(ServerId, Bytes),
+    /// The disk took this number; tell the agent a moment later.
+    Reserved(u64),
+    /// Steps to carry out a moment later.
+    Apply(Vec<Action>),
+    Send(SocketAddr, Bytes),
+    Deliver(WgPublicKey, Vec<u8>),
+    MembersChanged,
+    /// The agent said farewell and cleaned up: it is to be dropped.
+    Stopped,
+}
+
+#[derive(Debug)]
+pub struct Host {
+    pub plan: HostPlan,
+    pub kernel: Kernel,
+    pub engine: Engine,
+    pub disk: Disk,
+    pub agent: Option<Agent>,
+    /// Which start of the agent this is: what was meant for an older one is void.
+    pub run: u32,
+    node: NodeId,
+    key: WgPublicKey,
+    overlay_v6: Ipv6Addr,
+    random: SplitMix64,
+}
+
+impl Host {
+    pub fn new(plan: HostPlan) -> Self {
+        let node = plan.identity.node_id();
+        let mut engine = Engine::new(plan.wg.public(), plan.seed);
+        engine.delivers_foreign_sources = plan.sabotage == Some(Sabotage::DeliversForeignSources);
+        Self {
+            kernel: Kernel::new(plan.underlay.clone(), plan.rp_filter_read_only),
+            engine,
+            disk: Disk::default(),
+            agent: None,
+            run: 0,
+            random: SplitMix64::new(plan.seed ^ 0x5eed),
+            node,
+            key: plan.wg.public(),
+            overlay_v6: addr::overlay_v6(&plan.settings.cluster_id, &node),
+            plan,
+        }
+    }
+
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    pub fn key(&self) -> WgPublicKey {
+        self.key
+    }
+
+    pub fn overlay_v6(&self) -> Ipv6Addr {
+        self.overlay_v6
+    }
+
+    pub fn overlay_v4(&self) -> Option<Ipv4Addr> {
+        self.disk.claim.map(|claim| claim.addr)
+    }
+
+    /// The address of a pod of this host.
+    pub fn pod(&self) -> Option<IpAddr> {
+        let hosts = self.plan.pods.map(|pods| pods.hosts().nth(4));
+        hosts.flatten()
+    }
+
+    /// Whether an inner packet for this address ends here.
+    pub fn is_local(&self, addr: IpAddr) -> bool {
+        addr == IpAddr::V6(self.overlay_v6())
+            || self.overlay_v4().map(IpAddr::V4) == Some(addr)
+            || self.plan.pods.is_some_and(|pods| pods.contains(&addr))
+    }
+
+    /// Starts the agent from what is on disk.
+    pub fn start(&mut self, now: Instant) {
+        self.run += 1;
+        let elapsed = u64::try_from(now.since_origin().as_millis()).unwrap_or(u64::MAX);
+        let mut words = || self.random.next_u64().to_le_bytes();
+        let instance = [words(), words()].concat();
+        let seed = [words(), words(), words(), words()].concat();
+        let marks = if self.plan.sabotage == Some(Sabotage::ForgetsMarks) {
+            self.disk.frames.clear();
+            BTreeMap::new()
+        } else {
+            self.disk.marks.clone()
+        };
+        let start = Start {
+            keys: self.plan.keys.clone(),
+            identity: self.plan.identity.clone(),
+            wg_public: self.plan.wg.public(),
+            wg_proof: self.plan.wg.prove(&self.node()),
+            instance: instance.try_into().expect("two words are 16 bytes"),
+            seed: seed.try_into().expect("four words are 32 bytes"),
+            unix_ms: self.plan.unix_ms + elapsed,
+            last_seq: self.disk.last_seq,
+            claim: self.disk.claim,
+            marks,
+            frames: self.disk.frames.clone(),
+        };
+        let mut agent = Agent::new(self.plan.settings.clone(), start, now);
+        agent.handle_observed(self.kernel.observe(self.engine.specs()), now);
+        self.agent = Some(agent);
+    }
+
+    /// The process dies: the link and its routes go, the floor and the rules stay.
+    pub fn kill(&mut self) {
+        self.agent = None;
+        self.kernel.delete_link();
+        self.engine.stop();
+    }
+
+    /// Carries out steps; `fails` picks those that the host does not let happen.
+    pub fn apply(&mut self, actions: Vec<Action>, mut fails: impl FnMut() -> bool, now: Instant) -> bool {
+        let mut failures = Vec::new();
+        for action in actions {
+            let result = if fails() {
+                Err(StepError { text: "the simulated host is out of memory".into(), not_permitted: false })
+            } else {
+                self.step(&action)
+            };
+            if let Err(error) = result {
+                failures.push((action, error));
+            }
+        }
+        let clean = failures.is_empty();
+        let observed = self.kernel.observe(self.engine.specs());
+        if let Some(agent) = &mut self.agent {
+            agent.handle_applied(failures, observed, now);
+        }
+        clean
+    }
+
+    /// Tells the agent what is on the host.
+    pub fn observe(&mut self, now: Instant) {
+        let observed = self.kernel.observe(self.engine.specs());
+        if let Some(agent) = &mut self.agent {
+            agent.handle_observed(observed, now);
+        }
+    }
+
+    /// Moves what agent and engine have to say into effects, until neither says more.
+    pub fn drain(&mut self, now: Instant) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        loop {
+            let outputs = self.engine.take_outputs();
+            let Some(agent) = &mut self.agent else {
+                break;
+            };
+            let mut quiet = outputs.is_empty();
+            for output in outputs {
+                match output {
+                    Output::Send(to, datagram) => effects.push(Effect::Send(to, datagram)),
+                    Output::Deliver(key, packet) => effects.push(Effect::Deliver(key, packet)),
+                    Output::Report(key, report) => agent.handle_peer_report(&key, &report, now),
+                }
+            }
+            while let Some((server, message)) = agent.poll_transmit() {
+                quiet = false;
+                effects.push(Effect::Transmit(server, message));
+            }
+            while let Some(event) = agent.poll_event() {
+                quiet = false;
+                match event {
+                    AgentEvent::Dial(server) => effects.push(Effect::Dial(server)),
+                    AgentEvent::HangUp(server) => effects.push(Effect::HangUp(server)),
+                    AgentEvent::ReserveSeq(seq) => {
+                        self.disk.last_seq = seq;
+                        effects.push(Effect::Reserved(seq));
+                    }
+                    AgentEvent::StoreClaim(claim) => self.disk.claim = Some(claim),
+                    AgentEvent::StoreMembers => {
+                        self.disk.marks = agent.members().marks().clone();
+                        self.disk.frames = agent.frames();
+                        effects.push(Effect::MembersChanged);
+                    }
+                    AgentEvent::SetRoute(key, route) => self.engine.set_route(key, route),
+                    AgentEvent::StartHandshake(key) => self.engine.start_handshake(&key, now),
+                    AgentEvent::Apply(actions) => effects.push(Effect::Apply(actions)),
+                    AgentEvent::Stopped => effects.push(Effect::Stopped),
+                }
+            }
+            if quiet {
+                break;
+            }
+        }
+        effects
+    }
+
+    /// The underlay link and source address for a datagram of our own socket to this destination.
+    pub fn underlay_source(&self, destination: IpAddr) -> Option<IpAddr> {
+        let addresses = || self.plan.underlay.iter().flat_map(|link| &link.addresses);
+        let connected = addresses().find(|net| net.contains(&destination));
+        let first = || addresses().find(|net| net.addr().is_ipv4() == destination.is_ipv4());
+        connected.or_else(first).map(IpNet::addr)
+    }
+
+    /// The underlay link that holds this address.
+    pub fn link_of(&self, addr: IpAddr) -> Option<&str> {
+        let holds = |link: &&UnderlayLink| link.addresses.iter().any(|net| net.addr() == addr);
+        let link = self.plan.underlay.iter().find(holds);
+        link.map(|link| link.name.as_str())
+    }
+
+    fn step(&mut self, action: &Action) -> Result<(), StepError> {
+        match (self.plan.sabotage, action) {
+            (Some(Sabotage::IgnoresSteps), _) => return Ok(()),
+            (Some(Sabotage::OmitsFloor), Action::AddRoute(route))
+                if route.kind == mesh_proto::device::RouteKind::Unreachable =>
+            {
+                return Ok(());
+            }
+            _ => {}
+        }
+        match action {
+            Action::CreateLink(_) | Action::DeleteLink { .. } => self.engine.clear(),
+            Action::SetPeer(key, spec) => {
+                if self.kernel.link.is_none() {
+                    return Err(StepError { text: "there is no interface for peers".into(), not_permitted: false });
+                }
+                self.engine.set_peer(*key, spec.clone());
+            }
+            Action::RemovePeer(key) => self.engine.remove_peer(key),
+            _ => {}
+        }
+        self.kernel.apply(action)
+    }
+}

@@ -1,0 +1,110 @@
+//! The simulated mesh over many seeds. `MESHSPAN_SEED=N` runs one of them.
+// A run has one thread and no environment; the test that starts many of them has both.
+#![allow(clippy::unwrap_used, clippy::disallowed_types, clippy::disallowed_methods)]
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use mesh_sim::host::Sabotage;
+use mesh_sim::model::Violation;
+use mesh_sim::scenario::Options;
+use mesh_sim::world::{self, Outcome};
+
+const AGENTS: usize = 50;
+const SEEDS: u64 = 100;
+
+fn run(seed: u64, agents: usize, sabotage: Option<Sabotage>) -> Outcome {
+    world::run(Options { seed, agents, sabotage })
+}
+
+/// What is wrong with a run, in words that let one repeat it.
+fn complaint(outcome: &Outcome) -> Option<String> {
+    let shown: Vec<String> = outcome
+        .violations
+        .iter()
+        .take(5)
+        .map(|(at, violation)| format!("  {:?}: {violation}", at.since_origin()))
+        .collect();
+    (!shown.is_empty()).then(|| {
+        format!(
+            "seed {}: {} broken rules (MESHSPAN_SEED={} repeats it)\n{}",
+            outcome.seed,
+            outcome.violations.len(),
+            outcome.seed,
+            shown.join("\n")
+        )
+    })
+}
+
+#[test]
+fn every_pair_talks_again_within_30_seconds_and_no_rule_is_broken() {
+    let only = std::env::var("MESHSPAN_SEED").ok();
+    let only: Option<u64> = only.map(|seed| seed.parse().expect("MESHSPAN_SEED is a number"));
+    let seeds = only.map_or(0..SEEDS, |seed| seed..seed + 1);
+    let next = AtomicU64::new(seeds.start);
+    let outcomes = Mutex::new(Vec::new());
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= seeds.end {
+                        break;
+                    }
+                    let outcome = run(seed, AGENTS, None);
+                    outcomes.lock().unwrap().push(outcome);
+                }
+            });
+        }
+    });
+    let outcomes = outcomes.into_inner().unwrap();
+    for outcome in &outcomes {
+        println!(
+            "seed {}: settled after {:?}, {} events, {} packets, {} forged dropped",
+            outcome.seed, outcome.settled_after, outcome.events, outcome.delivered, outcome.forged_dropped
+        );
+    }
+    let complaints: Vec<String> = outcomes.iter().filter_map(complaint).collect();
+    assert!(complaints.is_empty(), "{} of {} runs failed\n{}", complaints.len(), outcomes.len(), complaints.join("\n"));
+    let dropped: u64 = outcomes.iter().map(|outcome| outcome.forged_dropped).sum();
+    assert!(dropped > 0, "forged packets were sent and reached a check");
+}
+
+#[test]
+fn a_seed_is_a_complete_description_of_a_run() {
+    let runs: Vec<Outcome> = (0..2).map(|_| run(7, 8, None)).collect();
+    assert_eq!(runs[0].events, runs[1].events);
+    assert_eq!(runs[0].settled_after, runs[1].settled_after);
+}
+
+/// The rules that a sabotaged host breaks within a few seeds.
+fn broken_by(sabotage: Sabotage) -> Vec<Violation> {
+    let runs = (0..6).map(|seed| run(seed, 12, Some(sabotage)));
+    let violations = runs.flat_map(|outcome| outcome.violations);
+    violations.map(|(_, violation)| violation).collect()
+}
+
+#[test]
+fn a_host_that_delivers_foreign_sources_is_seen() {
+    let broken = broken_by(Sabotage::DeliversForeignSources);
+    assert!(broken.iter().any(|violation| matches!(violation, Violation::ForeignSource { at: 0, .. })));
+}
+
+#[test]
+fn a_host_that_ignores_its_steps_is_seen() {
+    let broken = broken_by(Sabotage::IgnoresSteps);
+    assert!(broken.iter().any(|violation| matches!(violation, Violation::NotConverged(_))));
+}
+
+#[test]
+fn a_host_without_the_floor_is_seen() {
+    let broken = broken_by(Sabotage::OmitsFloor);
+    assert!(broken.iter().any(|violation| matches!(violation, Violation::Leak { at: 0, .. })));
+}
+
+#[test]
+fn a_host_that_forgets_what_it_saw_is_rolled_back_and_seen() {
+    let broken = broken_by(Sabotage::ForgetsMarks);
+    assert!(broken.iter().any(|violation| matches!(violation, Violation::Rollback { at: 0, .. })));
+}
