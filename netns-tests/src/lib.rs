@@ -19,6 +19,7 @@ pub mod lab;
 pub mod link;
 pub mod mesh;
 pub mod nft;
+pub mod messages;
 pub mod process;
 pub mod snapshot;
 pub mod traffic;
