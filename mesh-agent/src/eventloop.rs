@@ -36,6 +36,8 @@ const TUNNEL_TICK: Duration = Duration::from_millis(250);
 const HOST_SETTLE: Duration = Duration::from_millis(20);
 /// Bursts of records are written to disk once.
 const STORE_PAUSE: Duration = Duration::from_secs(1);
+/// Until members that could not be written are tried again.
+const STORE_RETRY: Duration = Duration::from_secs(10);
 /// A departure that takes longer is cut short; what is left on the host is named.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -355,7 +357,7 @@ impl<'a> Node<'a> {
         if self.note_written(written) {
             return;
         }
-        self.store_at = Some(clock::now() + Duration::from_secs(60));
+        self.store_at = Some(clock::now() + STORE_RETRY);
     }
 
     /// A full disk is no reason to stop: said once, until it works again.

@@ -6,6 +6,7 @@
 pub mod carry;
 pub mod cold_start;
 pub mod faults;
+pub mod life;
 pub mod traces;
 
 use std::time::Duration;

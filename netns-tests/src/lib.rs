@@ -18,6 +18,7 @@ pub mod isolation;
 pub mod lab;
 pub mod link;
 pub mod mesh;
+pub mod nft;
 pub mod messages;
 pub mod process;
 pub mod snapshot;

@@ -13,11 +13,11 @@ use anyhow::{Context, Result, anyhow};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::{
-    AddressFamily,
-    address::AddressHeaderFlags,
+    AddressFamily, IpProtocol,
+    address::{AddressHeaderFlags, AddressMessage},
     link::{InfoData, InfoVeth, LinkAttribute},
     route::{RouteAttribute, RouteFlags, RouteMessage, RouteType},
-    rule::{RuleAttribute, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
 };
 use rtnetlink::{Handle, IpVersion, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
@@ -124,6 +124,23 @@ impl Host {
             Ok(add.execute().await?)
         })
         .with_context(|| format!("cannot add {address} to {link}"))
+    }
+
+    pub fn delete_address(&self, link: &str, address: IpAddr) -> Result<()> {
+        self.netlink(|handle| async move {
+            let index = index_of(&handle, link).await?;
+            let listed: Vec<AddressMessage> = handle
+                .address()
+                .get()
+                .set_link_index_filter(index)
+                .set_address_filter(address)
+                .execute()
+                .try_collect()
+                .await?;
+            let found = listed.into_iter().next().context("it is not there")?;
+            Ok(handle.address().del(found).execute().await?)
+        })
+        .with_context(|| format!("cannot delete {address} from {link}"))
     }
 
     /// Removes every address of one family from a link.
@@ -243,12 +260,7 @@ impl Host {
     /// Adds `lookup table` at `priority` for one family.
     pub fn add_rule(&self, family: IpVersion, priority: u32, table: u32) -> Result<()> {
         self.netlink(|handle| async move {
-            let rule = handle
-                .rule()
-                .add()
-                .priority(priority)
-                .table_id(table)
-                .action(netlink_packet_route::rule::RuleAction::ToTable);
+            let rule = handle.rule().add().priority(priority).table_id(table).action(RuleAction::ToTable);
             match family {
                 IpVersion::V4 => rule.v4().execute().await?,
                 IpVersion::V6 => rule.v6().execute().await?,
@@ -256,6 +268,18 @@ impl Host {
             Ok(())
         })
         .with_context(|| format!("cannot add a rule at {priority}"))
+    }
+
+    /// Swallows forwarded IPv4 UDP datagrams to one port, as a firewall does; undone by deleting the rule of `priority`.
+    pub fn swallow_udp(&self, priority: u32, port: u16) -> Result<()> {
+        self.netlink(|handle| async move {
+            let mut rule = handle.rule().add().priority(priority).action(RuleAction::Blackhole).v4();
+            let attributes = &mut rule.message_mut().attributes;
+            attributes.push(RuleAttribute::IpProtocol(IpProtocol::Udp));
+            attributes.push(RuleAttribute::DestinationPortRange(RulePortRange { start: port, end: port }));
+            Ok(rule.execute().await?)
+        })
+        .with_context(|| format!("cannot block UDP port {port}"))
     }
 
     /// Forwards packets of both families from now on.

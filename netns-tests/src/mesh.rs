@@ -151,13 +151,20 @@ impl Mesh {
     /// Waits until every node lists every other with both overlay addresses. From then on packets to a peer can only
     /// enter the tunnel or be refused.
     pub fn wait_until_formed(&mut self) -> Result<Duration> {
-        let others = self.nodes.len() - 1;
+        let all: Vec<usize> = (0..self.nodes.len()).collect();
+        self.wait_until_formed_of(&all, FORM_WITHIN)
+    }
+
+    /// The same for the nodes that run, by their index, in a time of the caller's choice.
+    pub fn wait_until_formed_of(&mut self, members: &[usize], within: Duration) -> Result<Duration> {
+        let others = members.len() - 1;
         let start = std::time::Instant::now();
-        for node in &mut self.nodes {
+        for member in members {
+            let node = self.nodes.get_mut(*member).context("no such node")?;
             let name = node.name().to_owned();
             let formed = wait::until_or_dead(
                 &format!("{name} to list {others} peers"),
-                FORM_WITHIN.saturating_sub(start.elapsed()),
+                within.saturating_sub(start.elapsed()),
                 node,
                 Node::check_running,
                 |node| {
@@ -178,6 +185,13 @@ impl Mesh {
             node.explain(formed)?;
         }
         Ok(start.elapsed())
+    }
+
+    /// Makes one more discovery server on a site of its own, not started. No capture: agents send nothing else there.
+    pub fn another_server(&mut self, binaries: &Binaries) -> Result<Server> {
+        let number = self.nodes.len() + 1;
+        let host = site(&mut self.lab, &self.internet, "server2", number, 0)?;
+        Server::new(binaries, host, &self.lab.dir().join("server2"), site_v4(number), self.server.ttl())
     }
 
     /// A marker for traffic that must stay inside the mesh.

@@ -1,5 +1,5 @@
-//! A sorted text dump of what a host has: links, addresses, routes of all tables, rules, filters' switches, sockets,
-//! processes and files. Two dumps differ by readable lines.
+//! A sorted text dump of what a host has: links, addresses, routes of all tables, rules, nftables tables, filters'
+//! switches, sockets, processes and files. Two dumps differ by readable lines.
 //!
 //! Left out, because they come and go by themselves and belong to no program: cached routes, neighbours, counters,
 //! lifetimes, closed TCP connections in TIME_WAIT, and unnamed unix sockets.
@@ -25,6 +25,7 @@ pub enum Kind {
     Address,
     Route,
     Rule,
+    Nftables,
     Sysctl,
     Socket,
     UnixSocket,
@@ -42,6 +43,7 @@ impl Kind {
             Self::Address => "address",
             Self::Route => "route",
             Self::Rule => "rule",
+            Self::Nftables => "nftables",
             Self::Sysctl => "sysctl",
             Self::Socket => "socket",
             Self::UnixSocket => "unix-socket",
@@ -79,6 +81,7 @@ impl Snapshot {
             let mut snapshot = Self::default();
             netlink::dump(&mut snapshot)?;
             procfs::dump(&mut snapshot, inode)?;
+            crate::nft::tables_here()?.into_iter().for_each(|table| snapshot.add(Kind::Nftables, table));
             Ok(snapshot)
         })?;
         for root in roots {

@@ -4,6 +4,6 @@ pub mod echo;
 pub mod tcp;
 pub mod udp;
 
-pub use echo::{EchoStream, EchoTotals, first_reply};
+pub use echo::{EchoStream, EchoTotals, first_reply, first_unreachable};
 pub use tcp::{Transfer, transfer};
 pub use udp::{UdpStream, UdpTotals, send_clear};

@@ -8,11 +8,12 @@ use std::{fs, net::IpAddr, os::unix::fs::PermissionsExt, path::Path, time::Durat
 use netns_tests::{
     Entry, Mesh, MeshOptions, Snapshot,
     binaries::Binaries,
-    checks::{carry, faults, traces},
+    checks::{carry, faults, life, traces},
     demo, enter_or_skip,
     link::{MAIN_TABLE, To, connect},
     mesh::{MESH_LINK, MESH_RULE, MESH_TABLE, UPLINK},
     snapshot::Kind,
+    traffic::first_unreachable,
     wait,
 };
 
@@ -197,6 +198,41 @@ fn leftovers_are_named() {
     plant_mesh_link(&mesh, 2);
     red(traces::boolean_off(&mut mesh), "+ link mesh0");
     red(traces::nothing_left_behind(&mut mesh), "+ route v4 table 818");
+}
+
+#[test]
+fn a_node_with_more_or_less_than_a_floor_is_red() {
+    if enter_or_skip("a_node_with_more_or_less_than_a_floor_is_red") == Entry::Handled {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mesh = idle_mesh(dir.path());
+    let (node, peer) = (&mesh.nodes[0], &mesh.nodes[1]);
+    red(life::floor_only(node), "has no floor");
+    node.host.add_route(MESH_TABLE, "10.99.0.0/16".parse().unwrap(), &To::Unreachable).unwrap();
+    red(life::floor_only(node), "has 0 rules");
+    for family in [rtnetlink::IpVersion::V4, rtnetlink::IpVersion::V6] {
+        node.host.add_rule(family, MESH_RULE, MESH_TABLE).unwrap();
+    }
+    life::floor_only(node).unwrap();
+    let to: IpAddr = "10.99.0.1".parse().unwrap();
+    first_unreachable(&node.host, to, b"x", Duration::from_millis(20), SOON).unwrap();
+    let gateway = To::Gateway("10.0.1.1".parse().unwrap());
+    node.host.add_route(MESH_TABLE, "10.98.0.0/16".parse().unwrap(), &gateway).unwrap();
+    red(life::floor_only(node), "more than a floor");
+
+    let marker = mesh.marker("unanswered").unwrap();
+    let pings = life::Pings::between(node, peer, &marker).unwrap();
+    red(pings.stop().map(|sent| sent.to_string()), "was never answered");
+
+    let host = &mesh.nodes[2];
+    life::wait_nothing_owned(&mesh, host).unwrap();
+    host.host.add_nft_table("meshspan").unwrap();
+    assert!(host.host.nft_tables().unwrap().contains("inet meshspan"));
+    let kept = life::wait_nothing_owned(&mesh, host).map(|()| String::new());
+    red(kept, "+ nftables inet meshspan");
+    host.host.delete_nft_table("meshspan").unwrap();
+    life::wait_nothing_owned(&mesh, host).unwrap();
 }
 
 #[test]

@@ -63,6 +63,12 @@ pub(super) fn cleanup(global: &Global) -> anyhow::Result<u8> {
     for removed in &report.removed {
         print(&format!("removed {removed}\n"))?;
     }
+    // No agent answers on it: one that was killed left it.
+    match std::fs::remove_file(&settings.socket) {
+        Ok(()) => print(&format!("removed socket {}\n", settings.socket.display())).map(drop)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => bail!("cannot remove {}: {error}", settings.socket.display()),
+    }
     if !report.failed.is_empty() {
         bail!("not all could be removed:\n  {}", report.failed.join("\n  "));
     }

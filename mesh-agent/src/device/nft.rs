@@ -12,6 +12,7 @@
 
 use std::io;
 
+use futures_util::stream::{self, Stream};
 use mesh_proto::device::MssClamp;
 use netlink_packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -23,7 +24,7 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{Socket, SocketAddr};
+use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, SocketAddr, TokioSocket};
 
 const TABLE: &str = "meshspan";
 /// What iptables calls mangle: before the filters of others, after connection tracking.
@@ -42,6 +43,8 @@ const PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 const RT_TCPMSS: u32 = 3;
 const BYTEORDER_HTON: u32 = 1;
 const EXTHDR_OP_TCPOPT: u32 = 1;
+/// The multicast group of `linux/netfilter/nfnetlink.h` that tells of changes.
+const NFNLGRP_NFTABLES: u32 = 7;
 
 /// One message of the kernel's packet filter, and the flags to send it with.
 type Step = (NfTablesMessage, u16);
@@ -57,6 +60,27 @@ pub(super) async fn observe(link: &str) -> MssClamp {
             MssClamp::Absent
         }
     }
+}
+
+/// True for each change that concerns a table of our name, or that was lost because too many came at once.
+pub(super) fn events() -> io::Result<impl Stream<Item = bool> + Unpin + Send + 'static> {
+    let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
+    socket.socket_mut().bind_auto()?;
+    socket.socket_ref().add_membership(NFNLGRP_NFTABLES)?;
+    Ok(Box::pin(stream::unfold(socket, async |socket| match socket.recv_from_full().await {
+        Ok((datagram, _)) => Some((names_our_table(&datagram), socket)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Some((true, socket)),
+        Err(error) => {
+            tracing::debug!(%error, "the netlink socket that watches nftables failed");
+            None
+        }
+    })))
+}
+
+/// Every message on a table, its chains and its rules carries the table's name as text that ends with a zero.
+fn names_our_table(datagram: &[u8]) -> bool {
+    let name = [TABLE.as_bytes(), &[0]].concat();
+    datagram.windows(name.len()).any(|window| window == name)
 }
 
 /// Our table is there, whatever is in it.

@@ -189,6 +189,25 @@ fn damage_by_others_is_seen_and_the_watch_fires() {
 }
 
 #[test]
+fn the_watch_fires_for_our_packet_filter_table_and_for_no_other() {
+    in_namespace("the_watch_fires_for_our_packet_filter_table", async |lab| {
+        let mut device = lab.device();
+        device.apply(&Action::SetMssClamp).await.unwrap();
+        let watch = HostWatch::start().unwrap();
+        nft::lab::flush();
+        fires(&watch).await;
+        device.apply(&Action::SetMssClamp).await.unwrap();
+        fires(&watch).await;
+        device.apply(&Action::RemoveMssClamp).await.unwrap();
+        fires(&watch).await;
+        // What came with the last change is read too, before others begin.
+        while tokio::time::timeout(Duration::from_millis(100), watch.changed()).await.is_ok() {}
+        nft::lab::make_table("others");
+        assert!(tokio::time::timeout(Duration::from_millis(100), watch.changed()).await.is_err());
+    });
+}
+
+#[test]
 fn a_damaged_rule_counts_as_missing_and_is_replaced() {
     in_namespace("a_damaged_rule_counts_as_missing", async |lab| {
         let mut device = lab.device();

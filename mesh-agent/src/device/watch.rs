@@ -1,6 +1,6 @@
-//! One signal for "the host's network changed": links, addresses, rules, and routes of our table.
+//! One signal for "the host's network changed": links, addresses, rules, routes of our table, and our packet filter table.
 //!
-//! Owns a multicast socket of its own, so a flood of events never delays a request. Events are coalesced: any number
+//! Owns multicast sockets of its own, so a flood of events never delays a request. Events are coalesced: any number
 //! before the next [`HostWatch::changed`] is one. Lost events count as a change.
 
 use std::io;
@@ -15,6 +15,8 @@ use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use rtnetlink::MulticastGroup;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
+
+use super::nft;
 
 /// Pause before the socket is opened again.
 const REOPEN_PAUSE: Duration = Duration::from_millis(500);
@@ -33,14 +35,20 @@ const GROUPS: [MulticastGroup; 7] = [
 #[derive(Debug)]
 pub struct HostWatch {
     changed: Arc<Notify>,
-    task: AbortHandle,
+    tasks: Vec<AbortHandle>,
 }
 
 impl HostWatch {
     /// Must be called inside a tokio runtime; watches the network namespace of the thread that runs its tasks.
     pub fn start() -> io::Result<Self> {
-        let first = open()?;
-        Ok(Self::supervise(first, REOPEN_PAUSE, open))
+        let mut watch = Self { changed: Arc::new(Notify::new()), tasks: Vec::new() };
+        watch.supervise(open()?, concerns_us, REOPEN_PAUSE, open);
+        match nft::events() {
+            Ok(events) => watch.supervise(events, |is_ours| *is_ours, REOPEN_PAUSE, nft::events),
+            // Then there is no table of ours to lose either.
+            Err(error) => tracing::debug!(%error, "this kernel has no nftables to watch"),
+        }
+        Ok(watch)
     }
 
     /// Completes once for all changes since it last did.
@@ -48,23 +56,24 @@ impl HostWatch {
         self.changed.notified().await;
     }
 
-    fn supervise<S, F>(first: S, pause: Duration, mut reopen: F) -> Self
+    /// Signals for each event that counts, until dropped.
+    fn supervise<T, S, F>(&mut self, first: S, counts: fn(&T) -> bool, pause: Duration, mut reopen: F)
     where
-        S: Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + Unpin + Send + 'static,
+        T: Send + 'static,
+        S: Stream<Item = T> + Unpin + Send + 'static,
         F: FnMut() -> io::Result<S> + Send + 'static,
     {
-        let changed = Arc::new(Notify::new());
-        let signal = Arc::clone(&changed);
+        let signal = Arc::clone(&self.changed);
         let task = tokio::spawn(async move {
             let mut events = Some(first);
             loop {
                 if let Some(mut events) = events.take() {
                     while let Some(event) = events.next().await {
-                        if concerns_us(&event) {
+                        if counts(&event) {
                             signal.notify_one();
                         }
                     }
-                    tracing::warn!("the netlink socket that watches the host ended; opening it again");
+                    tracing::warn!("a netlink socket that watches the host ended; opening it again");
                 }
                 tokio::time::sleep(pause).await;
                 match reopen() {
@@ -77,13 +86,13 @@ impl HostWatch {
                 signal.notify_one();
             }
         });
-        Self { changed, task: task.abort_handle() }
+        self.tasks.push(task.abort_handle());
     }
 }
 
 impl Drop for HostWatch {
     fn drop(&mut self) {
-        self.task.abort();
+        self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
 
@@ -129,10 +138,19 @@ mod tests {
 
     const NO_PAUSE: Duration = Duration::ZERO;
 
+    fn watching<S>(first: S, reopen: impl FnMut() -> io::Result<S> + Send + 'static) -> HostWatch
+    where
+        S: Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + Unpin + Send + 'static,
+    {
+        let mut watch = HostWatch { changed: Arc::new(Notify::new()), tasks: Vec::new() };
+        watch.supervise(first, concerns_us, NO_PAUSE, reopen);
+        watch
+    }
+
     #[tokio::test]
     async fn a_socket_that_ends_is_opened_again_and_counts_as_a_change() {
         let (opened, mut seen) = tokio::sync::mpsc::unbounded_channel();
-        let watch = HostWatch::supervise(stream::empty().boxed(), NO_PAUSE, move || {
+        let watch = watching(stream::empty().boxed(), move || {
             opened.send(()).unwrap();
             Ok(stream::empty().boxed() as BoxStream<'static, _>)
         });
@@ -160,9 +178,7 @@ mod tests {
                 all_read.send(()).unwrap();
                 std::future::pending().await
             });
-            let watch = HostWatch::supervise(stream::iter(events).chain(end).boxed(), NO_PAUSE, || {
-                Err(io::ErrorKind::Other.into())
-            });
+            let watch = watching(stream::iter(events).chain(end).boxed(), || Err(io::ErrorKind::Other.into()));
             read.await.unwrap();
             assert_eq!(watch.changed().now_or_never().is_some(), expected);
             assert!(watch.changed().now_or_never().is_none(), "one signal for all of them");

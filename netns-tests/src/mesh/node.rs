@@ -1,6 +1,7 @@
 //! One node under test: its host, its pods, its agent, and the agent's command line.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsStr,
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -49,7 +50,26 @@ pub struct Node {
 pub struct Status {
     pub node: StatusNode,
     #[serde(default)]
+    pub servers: Vec<StatusServer>,
+    #[serde(default)]
     pub peers: Vec<StatusPeer>,
+    #[serde(default)]
+    pub counters: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct StatusServer {
+    pub endpoint: String,
+    pub state: String,
+    pub carrier: Option<String>,
+    pub detail: String,
+}
+
+/// Something that is wrong, in words.
+#[derive(Debug, Clone, Deserialize)]
+pub struct StatusProblem {
+    pub what: String,
+    pub fix: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -58,6 +78,8 @@ pub struct StatusNode {
     pub state: String,
     pub overlay_v4: Option<Ipv4Addr>,
     pub overlay_v6: Option<Ipv6Addr>,
+    #[serde(default)]
+    pub problems: Vec<StatusProblem>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -223,24 +245,25 @@ impl Node {
         Ok(self.cli(&["status", "--socket", &self.socket_path().to_string_lossy(), "-o", "table"])?.stdout)
     }
 
+    pub fn up(&self) -> Result<()> {
+        self.change("up")
+    }
+
     pub fn down(&self) -> Result<()> {
-        self.cli(&[
-            "down",
-            "--config",
-            &self.config_path().to_string_lossy(),
-            "--socket",
-            &self.socket_path().to_string_lossy(),
-        ])?
-        .success()
-        .context("mesh-agent down")
-        .map(drop)
+        self.change("down")
+    }
+
+    pub fn leave(&self) -> Result<()> {
+        self.change("leave")
     }
 
     pub fn cleanup(&self) -> Result<()> {
-        self.cli(&["cleanup", "--config", &self.config_path().to_string_lossy()])?
-            .success()
-            .context("mesh-agent cleanup")
-            .map(drop)
+        self.change("cleanup")
+    }
+
+    fn change(&self, subcommand: &str) -> Result<()> {
+        let answer = self.run_to_end(self.command(subcommand))?;
+        answer.success().with_context(|| format!("mesh-agent {subcommand}")).map(drop)
     }
 
     /// A dump of the host and of every file an agent may touch but its state directory, which stays by design: it holds

@@ -82,6 +82,11 @@ impl Server {
         self.process.take().map_or(Ok(()), |mut process| process.terminate(STOP_WITHIN).map(drop))
     }
 
+    /// Removes its TLS key: the next start makes another.
+    pub fn forget_key(&self) -> Result<()> {
+        Ok(fs::remove_dir_all(self.dir.join("state"))?)
+    }
+
     pub fn is_running(&self) -> bool {
         self.process.is_some()
     }

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU16, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -45,10 +45,41 @@ pub fn first_reply_here(to: IpAddr, payload: &[u8], every: Duration, within: Dur
     }
 }
 
+/// Sends echo requests from `host` to `to` until one is answered by "unreachable", of the local kernel or of a router by ICMP;
+/// the time it took. A reply in the meantime is not an error: what still flows may end first.
+pub fn first_unreachable(
+    host: &Host,
+    to: IpAddr,
+    payload: &[u8],
+    every: Duration,
+    within: Duration,
+) -> Result<Duration> {
+    host.inside(|| {
+        let start = Instant::now();
+        let mut echo = Echo::open(to, payload)?;
+        while start.elapsed() < within {
+            match echo.request() {
+                Err(error) if matches!(error.kind(), ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable) => {
+                    return Ok(start.elapsed());
+                }
+                _ => {}
+            }
+            let next = Instant::now() + every;
+            while let Some(answer) = echo.wait_answer(next)? {
+                if answer == Answer::Unreachable {
+                    return Ok(start.elapsed());
+                }
+            }
+        }
+        bail!("nobody said in {within:?} that {to} is unreachable")
+    })
+}
+
 /// Echo requests at a steady pace in the background.
 #[derive(Debug)]
 pub struct EchoStream {
     stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
     thread: Option<JoinHandle<Result<EchoTotals>>>,
 }
 
@@ -62,9 +93,9 @@ pub struct EchoTotals {
 
 impl EchoStream {
     pub fn start(host: &Host, to: IpAddr, payload: Vec<u8>, every: Duration) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let thread = host.start_inside({
-            let stop = Arc::clone(&stop);
+            let (stop, answered) = (Arc::clone(&stop), Arc::clone(&answered));
             move || {
                 let mut echo = Echo::open(to, &payload)?;
                 let mut totals = EchoTotals::default();
@@ -76,12 +107,18 @@ impl EchoStream {
                     }
                     while echo.wait_reply(next)? {
                         totals.answered += 1;
+                        answered.store(totals.answered, Ordering::Relaxed);
                     }
                 }
                 Ok(totals)
             }
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, answered, thread: Some(thread) })
+    }
+
+    /// Replies so far.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
     }
 
     pub fn stop(mut self) -> Result<EchoTotals> {
@@ -138,14 +175,25 @@ impl<'a> Echo<'a> {
 
     /// True for a reply to any of our requests that carries our payload; false at the deadline.
     fn wait_reply(&mut self, deadline: Instant) -> Result<bool> {
+        while let Some(answer) = self.wait_answer(deadline)? {
+            if answer == Answer::Reply {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The next answer to any of our requests; `None` at the deadline.
+    fn wait_answer(&mut self, deadline: Instant) -> Result<Option<Answer>> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Ok(false);
+                return Ok(None);
             }
             self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
             match (&self.socket).read(&mut self.buffer) {
-                Ok(length) if self.is_our_reply(&self.buffer[..length]) => return Ok(true),
+                Ok(length) if self.is_our_reply(&self.buffer[..length]) => return Ok(Some(Answer::Reply)),
+                Ok(length) if self.is_unreachable(&self.buffer[..length]) => return Ok(Some(Answer::Unreachable)),
                 Ok(_) => {}
                 Err(error)
                     if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
@@ -154,6 +202,17 @@ impl<'a> Echo<'a> {
                 Err(error) if error.raw_os_error().is_some() => {}
                 Err(error) => return Err(error.into()),
             }
+        }
+    }
+
+    /// "Destination unreachable" that quotes a packet to our destination.
+    fn is_unreachable(&self, packet: &[u8]) -> bool {
+        match self.to {
+            IpAddr::V6(to) => packet.first() == Some(&1) && packet.get(8 + 24..8 + 40) == Some(&to.octets()),
+            IpAddr::V4(to) => packet
+                .first()
+                .and_then(|first| packet.get(usize::from(first & 15) * 4..))
+                .is_some_and(|m| m.first() == Some(&3) && m.get(8 + 16..8 + 20) == Some(&to.octets())),
         }
     }
 
@@ -173,6 +232,13 @@ impl<'a> Echo<'a> {
             m.len() >= 8 && m[0] == kind && m[4..6] == self.id.to_be_bytes() && &m[8..] == self.payload
         })
     }
+}
+
+/// What came back to an echo request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    Reply,
+    Unreachable,
 }
 
 fn internet_checksum(message: &[u8]) -> u16 {

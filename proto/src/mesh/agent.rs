@@ -15,7 +15,7 @@ use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey}
 use mesh_common::limits::{FIRST_SNAPSHOT_WAIT, RECONCILE_INTERVAL};
 use mesh_common::time::Instant;
 
-use crate::device::{Action, Desired, Observed, PeerReport, PeerRoute};
+use crate::device::{Action, Desired, Observed, PeerReport, PeerRoute, Route, RouteKind};
 use crate::discovery::client::{Client, ClientConfig, ClientEvent, ClientState};
 use crate::mesh::desired::Inputs;
 use crate::mesh::members::{Admission, Members, ServerId};
@@ -27,6 +27,8 @@ use crate::random::SplitMix64;
 use crate::wire::session::SessionError;
 
 mod publish;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use publish::OwnClaim;
@@ -36,6 +38,9 @@ pub use view::{PeerView, ServerView, View};
 const SETTLE: Duration = Duration::from_millis(5);
 /// Pause after steps that failed on the host; doubles up to [`RECONCILE_INTERVAL`].
 const RETRY_FAILED_STEPS: Duration = Duration::from_secs(1);
+/// How long a floor of the last run waits for its member after the first snapshot: a server that restarted hears of a member
+/// when that one notices (15 s at most) and has waited for its next attempt (30 s at most).
+const ORPHAN_FLOOR_WAIT: Duration = Duration::from_secs(60);
 /// How long a farewell waits for servers to store it.
 const FAREWELL_WAIT: Duration = Duration::from_secs(2);
 /// Peers that are greeted after a restart.
@@ -98,7 +103,10 @@ pub struct Agent {
     members: Members,
     clients: BTreeMap<ServerId, Client>,
     server_facts: BTreeMap<ServerId, ServerFacts>,
-    synced_once: bool,
+    /// When a server first told all members it knows.
+    synced_at: Option<Instant>,
+    /// What stood on the host before the first step, without a member that accounts for it.
+    orphan_floor: BTreeSet<Route>,
     paths: BTreeMap<WgPublicKey, PathAgent>,
     static_routes: BTreeMap<WgPublicKey, PeerRoute>,
     peers: Vec<Peer>,
@@ -170,7 +178,8 @@ impl Agent {
             members,
             clients: BTreeMap::new(),
             server_facts: BTreeMap::new(),
-            synced_once: false,
+            synced_at: None,
+            orphan_floor: BTreeSet::new(),
             paths: BTreeMap::new(),
             static_routes: BTreeMap::new(),
             peers: Vec::new(),
@@ -246,6 +255,10 @@ impl Agent {
     /// What is on the host now, whoever changed it.
     pub fn handle_observed(&mut self, observed: Observed, now: Instant) {
         let moved = self.observed.as_ref().is_some_and(|before| before.underlay != observed.underlay);
+        if self.observed.is_none() && !self.clients.is_empty() && !self.settings.allow_down_peer_bypass {
+            let floor = observed.routes.iter().filter(|route| route.kind == RouteKind::Unreachable);
+            self.orphan_floor = floor.cloned().collect();
+        }
         self.observed = Some(observed);
         if moved {
             tracing::info!("the network of this host changed");
@@ -449,9 +462,9 @@ impl Agent {
             ClientEvent::Frame(bytes) => self.handle_frame(server, bytes, now),
             ClientEvent::Synced { listed } => {
                 let changed = self.members.set_listing(server, &listed);
-                if !self.synced_once {
+                if self.synced_at.is_none() {
                     tracing::info!(server = %name, members = self.members.iter().count(), "learned the members of the cluster");
-                    self.synced_once = true;
+                    self.synced_at = Some(now);
                     self.work_out_at(now);
                 } else if changed {
                     self.work_out_at(now + SETTLE);
@@ -515,11 +528,15 @@ impl Agent {
             self.publish_if_changed(now);
             return;
         }
-        let Some(observed) = &self.observed else {
-            return;
+        let desired = match &self.observed {
+            None => return,
+            Some(_) if self.leaving.is_some() => Desired::default(),
+            Some(observed) => {
+                let desired = self.desired(observed);
+                self.with_orphan_floor(desired, now)
+            }
         };
-        let desired = if self.leaving.is_some() { Desired::default() } else { self.desired(observed) };
-        let steps = reconcile(&desired, observed);
+        let steps = self.observed.as_ref().map(|observed| reconcile(&desired, observed)).unwrap_or_default();
         if !steps.is_empty() && self.last_steps.replace(steps.clone()).as_ref() == Some(&steps) {
             // Done without an error and without effect: somebody undoes them, or this host does not take them.
             self.retry_at = Some(now + self.retry_pause);
@@ -548,6 +565,18 @@ impl Agent {
             rp_filter_denied: &self.rp_filter_denied,
         }
         .desired()
+    }
+
+    /// A floor of the last run that no member accounts for stays until members had time to show up: the cache may have been
+    /// lost in a crash, and a server that restarted lists only those who found it again.
+    fn with_orphan_floor(&mut self, mut desired: Desired, now: Instant) -> Desired {
+        if self.synced_at.is_some_and(|at| now.since(at) >= ORPHAN_FLOOR_WAIT) {
+            self.orphan_floor.clear();
+        }
+        // A floor that has a member again goes with it.
+        self.orphan_floor.retain(|route| !desired.routes.contains(route));
+        desired.routes.extend(self.orphan_floor.iter().cloned());
+        desired
     }
 
     fn judge_peers(&self, now: Instant) -> Vec<Peer> {
@@ -623,7 +652,7 @@ impl Agent {
 
     /// Whether enough is known of others to take an address.
     fn may_claim(&self, now: Instant) -> bool {
-        self.synced_once || self.clients.is_empty() || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
+        self.synced_at.is_some() || self.clients.is_empty() || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
     }
 
     fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {

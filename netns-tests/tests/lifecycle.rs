@@ -1,0 +1,208 @@
+//! Stop, start, leave, come back; and whatever someone deletes meanwhile. Real agents, judged by packets and kernel dumps.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{
+    fs,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use netns_tests::{
+    Mesh, MeshOptions,
+    checks::{
+        carry,
+        life::{Pings, floor_only, wait_nothing_owned},
+        traces,
+    },
+    mesh::{MESH_LINK, MESH_RULE, MESH_TABLE, enter_or_skip},
+    traffic::first_unreachable,
+    wait,
+};
+
+const EVERY: Duration = Duration::from_millis(20);
+const TTL: Duration = Duration::from_secs(5);
+/// A restarted agent rejoins within this, and peers learn of a departure at once.
+const REJOIN_WITHIN: Duration = Duration::from_secs(5);
+const AT_ONCE: Duration = Duration::from_secs(2);
+/// WireGuard wants an answer after 15 s of silence; after 10 s more without one a peer is down, and packets to it are refused.
+const DOWN_WITHIN: Duration = Duration::from_secs(30);
+const RESTORED_WITHIN: Duration = Duration::from_secs(2);
+/// A state directory that works again is written to within this.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(20);
+const OWN_TABLE: &str = "inet meshspan";
+
+fn options() -> MeshOptions {
+    MeshOptions { pods_per_node: 1, ttl: Some(TTL), ..MeshOptions::default() }
+}
+
+/// Which node this is to its peers: its id and its overlay addresses.
+fn who(mesh: &Mesh, node: usize) -> (String, Option<std::net::Ipv4Addr>, Option<std::net::Ipv6Addr>) {
+    let node = mesh.nodes[node].status().unwrap().node;
+    (node.id, node.overlay_v4, node.overlay_v6)
+}
+
+fn all_answer(mesh: &Mesh) {
+    carry::node_to_node_v4(mesh).unwrap();
+    carry::node_to_node_v6(mesh).unwrap();
+    carry::pod_to_pod(mesh).unwrap();
+}
+
+#[test]
+fn a_node_stops_starts_leaves_and_comes_back_as_itself() {
+    let Some(binaries) = enter_or_skip("a_node_stops_starts_leaves_and_comes_back_as_itself").unwrap() else { return };
+    let mut mesh = Mesh::build(&binaries, &options()).unwrap();
+    for node in &mesh.nodes {
+        // The test pings all the time, and the kernel would ration what it says to that.
+        node.host.set_sysctl("ipv4/icmp_ratelimit", "0").unwrap();
+        node.host.set_sysctl("ipv6/icmp/ratelimit", "0").unwrap();
+    }
+    mesh.take_baseline().unwrap();
+    mesh.send_controls("start").unwrap();
+    mesh.start_server().unwrap();
+    mesh.start_nodes().unwrap();
+    mesh.wait_until_formed().unwrap();
+    all_answer(&mesh);
+
+    // SIGTERM: the floor answers for the agent, on the node and, once they notice, on its peers.
+    let marker = mesh.marker("restart").unwrap();
+    let before = who(&mesh, 1);
+    let pings = Pings::between(&mesh.nodes[0], &mesh.nodes[1], &marker).unwrap();
+    mesh.nodes[1].stop().unwrap();
+    println!("stopped: {}", floor_only(&mesh.nodes[1]).unwrap());
+    let (peer, node) = (&mesh.nodes[0], &mesh.nodes[1]);
+    let refused = |from: &netns_tests::Host, to: IpAddr, within| {
+        first_unreachable(from, to, marker.bytes(), EVERY, within).unwrap()
+    };
+    for to in [peer.overlay_v4().unwrap(), peer.overlay_v6().unwrap(), peer.address] {
+        refused(&node.host, to, AT_ONCE);
+    }
+    for to in peer.pods[0].addresses() {
+        refused(&node.pods[0].host, to, AT_ONCE);
+    }
+    for to in node.pods[0].addresses() {
+        println!("peers' pods are told after {:?}", refused(&peer.pods[0].host, to, DOWN_WITHIN));
+    }
+    assert!(floor_only(node).is_ok(), "the floor stays");
+    let start = Instant::now();
+    mesh.nodes[1].start().unwrap();
+    carry::replies(
+        &[
+            (&mesh.nodes[1].host, mesh.nodes[0].overlay_v4().unwrap()),
+            (&mesh.nodes[0].host, mesh.nodes[1].overlay_v6().unwrap()),
+            (&mesh.nodes[0].pods[0].host, mesh.nodes[1].pods[0].v4.into()),
+        ],
+        marker.bytes(),
+        REJOIN_WITHIN,
+    )
+    .unwrap();
+    println!("back after {:?}", start.elapsed());
+    mesh.wait_until_formed().unwrap();
+    assert_eq!(who(&mesh, 1), before, "a restart changes nothing that peers know a node by");
+    pings.stop().unwrap();
+
+    // Leave: peers drop the node at once, nothing stays on it; `up` brings the same node back.
+    let before = who(&mesh, 2);
+    mesh.nodes[2].leave().unwrap();
+    let left = mesh.wait_until_formed_of(&[0, 1], AT_ONCE).unwrap();
+    println!("peers dropped the node {left:?} after `leave` returned");
+    wait_nothing_owned(&mesh, &mesh.nodes[2]).unwrap();
+    carry::replies(&[(&mesh.nodes[0].host, mesh.nodes[1].overlay_v4().unwrap())], marker.bytes(), AT_ONCE).unwrap();
+    mesh.nodes[2].up().unwrap();
+    mesh.wait_until_formed().unwrap();
+    assert_eq!(who(&mesh, 2), before);
+    all_answer(&mesh);
+
+    println!("{}", carry::no_cleartext(&mut mesh).unwrap());
+    // One agent dies before: what it leaves is removed without it.
+    mesh.nodes[0].crash().unwrap();
+    println!("{}", traces::nothing_left_behind(&mut mesh).unwrap());
+}
+
+#[test]
+fn whatever_is_deleted_or_changed_is_put_back() {
+    let Some(binaries) = enter_or_skip("whatever_is_deleted_or_changed_is_put_back").unwrap() else { return };
+    let mut mesh = Mesh::start(&binaries, &options()).unwrap();
+    all_answer(&mesh);
+    let node = &mesh.nodes[0];
+    let whole = traces::mesh_state(node).unwrap();
+    let marker = mesh.marker("deleted").unwrap();
+    // While a rule is missing the kernel sends in clear, so packets are sent only when all is back.
+    let back = |what: &str| {
+        let took = node.explain(traces::wait_same_state(node, &whole, RESTORED_WITHIN));
+        let took = took.unwrap_or_else(|error| panic!("{what}: {error:#}"));
+        let peer = &mesh.nodes[1];
+        let all = [
+            (&node.host, peer.overlay_v4().unwrap()),
+            (&node.host, peer.overlay_v6().unwrap()),
+            (&peer.pods[0].host, node.pods[0].v6.into()),
+        ];
+        carry::replies(&all, marker.bytes(), REJOIN_WITHIN).unwrap_or_else(|error| panic!("after {what}: {error:#}"));
+        took
+    };
+    let routes = node.host.routes(MESH_TABLE).unwrap();
+    let count = routes.len();
+    assert!(count >= 8, "two peers have more than {count} routes");
+    let mut slowest = Duration::ZERO;
+    for route in routes {
+        let what = format!("{route:?}");
+        node.host.delete_route(route).unwrap();
+        slowest = slowest.max(back(&what));
+    }
+    println!("{count} routes, each back after {slowest:?} at most");
+    let rules = node.host.rules_at(MESH_RULE).unwrap();
+    assert_eq!(rules.len(), 2);
+    for rule in rules {
+        node.host.delete_rule(rule).unwrap();
+        println!("rule back after {:?}", back("a rule was deleted"));
+    }
+    for address in [node.overlay_v4().unwrap(), node.overlay_v6().unwrap()] {
+        node.host.delete_address(MESH_LINK, address).unwrap();
+        println!("{address} back after {:?}", back("an address was deleted"));
+    }
+    node.host.set_mtu(MESH_LINK, 1300).unwrap();
+    println!("MTU back after {:?}", back("the MTU was changed"));
+    node.host.set_up(MESH_LINK, false).unwrap();
+    println!("link up again after {:?}", back("the link was set down"));
+    for _ in 0..3 {
+        node.host.delete_link(MESH_LINK).unwrap();
+        println!("link back after {:?}", back("the link was deleted"));
+    }
+    for _ in 0..2 {
+        assert!(node.host.nft_tables().unwrap().contains(OWN_TABLE));
+        node.host.delete_nft_table("meshspan").unwrap();
+        let table = wait::until_true("the packet filter table to be back", RESTORED_WITHIN, || {
+            Ok(node.host.nft_tables()?.contains(OWN_TABLE))
+        });
+        println!("nftables back after {:?}", node.explain(table).unwrap());
+    }
+    back("all of it");
+
+    // The state directory fails: said once, shown, and nothing else happens.
+    let (state, away) = (node.state_dir(), node.state_dir().with_extension("away"));
+    fs::rename(&state, &away).unwrap();
+    fs::write(&state, "this is no directory").unwrap();
+    let problem = |mesh: &Mesh| {
+        let problems = mesh.nodes[0].status().unwrap().node.problems;
+        problems.iter().any(|problem| problem.what.contains("state directory") && !problem.fix.is_empty())
+    };
+    assert!(!problem(&mesh));
+    let (survivor, others) = mesh.nodes.split_first_mut().unwrap();
+    for _ in 0..2 {
+        // A restarted peer has a new record, which the node wants to keep.
+        others[1].stop().unwrap();
+        others[1].start().unwrap();
+        carry::replies(&[(&survivor.host, others[1].overlay_v4().unwrap())], marker.bytes(), REJOIN_WITHIN).unwrap();
+        wait::until_true("status to name the state directory", WRITTEN_WITHIN, || {
+            let problems = survivor.status()?.node.problems;
+            Ok(problems.iter().any(|problem| problem.what.contains("state directory")))
+        })
+        .unwrap();
+    }
+    survivor.check_running().unwrap();
+    assert_eq!(survivor.log().unwrap().matches("goes on from memory").count(), 1, "{}", survivor.log().unwrap());
+    all_answer(&mesh);
+    fs::remove_file(&state).unwrap();
+    fs::rename(&away, &state).unwrap();
+    let written = wait::until_true("the state directory to be written again", WRITTEN_WITHIN, || Ok(!problem(&mesh)));
+    println!("written again after {:?}", mesh.nodes[0].explain(written).unwrap());
+}

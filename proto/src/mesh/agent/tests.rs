@@ -1,0 +1,96 @@
+//! Scenarios of the whole machine: inputs in, steps out.
+#![allow(clippy::unwrap_used)]
+
+use mesh_common::config::EndpointFilter;
+use mesh_common::host_name::HostName;
+use mesh_common::key::{ClusterSecret, WgSecret};
+use mesh_common::limits::{LINK_MTU, LISTEN_PORT};
+
+use super::*;
+use crate::device::Route;
+use crate::mesh::settings::ServerSettings;
+
+fn settings(servers: usize) -> Settings {
+    let server = |number| ServerSettings { name: format!("server{number}:7443"), proxied: false };
+    Settings {
+        cluster_id: "test".to_owned(),
+        host_name: HostName::try_from("n1".to_owned()).unwrap(),
+        servers: (0..servers).map(server).collect(),
+        link_name: "mesh0".to_owned(),
+        listen_port: LISTEN_PORT,
+        mtu: LINK_MTU,
+        overlay_v4_pool: "198.19.0.0/16".parse().unwrap(),
+        prefixes: BTreeSet::new(),
+        advertise_node_addresses: true,
+        endpoint_filter: EndpointFilter::default(),
+        static_peers: Vec::new(),
+        deny_nodes: BTreeSet::new(),
+        allow_down_peer_bypass: false,
+        allow_wide_prefixes: false,
+    }
+}
+
+/// An agent with an identity and an empty cache.
+fn fresh(settings: Settings) -> Agent {
+    let (identity, wg) = (SignKey::from_seed(&[1; 32]), WgSecret::from_seed(&[2; 32]));
+    let start = Start {
+        keys: ClusterSecret::from_bytes([3; 32]).derive(),
+        wg_public: wg.public(),
+        wg_proof: wg.prove(&identity.node_id()),
+        identity,
+        instance: [4; 16],
+        seed: [5; 32],
+        unix_ms: 1_700_000_000_000,
+        last_seq: 0,
+        claim: None,
+        marks: BTreeMap::new(),
+        frames: Vec::new(),
+    };
+    Agent::new(settings, start, Instant::from_origin(Duration::ZERO))
+}
+
+fn at(seconds: u64) -> Instant {
+    Instant::from_origin(Duration::from_secs(seconds))
+}
+
+/// Takes the steps that are asked for and tells of what stands then.
+fn steps(agent: &mut Agent, routes: &BTreeSet<Route>, now: Instant) -> Vec<Action> {
+    agent.handle_observed(Observed { routes: routes.clone(), ..Observed::default() }, now);
+    agent.applying = false;
+    agent.last_steps = None;
+    agent.retry_at = None;
+    let mut events = std::iter::from_fn(|| agent.poll_event());
+    let steps = events.find_map(|event| match event {
+        AgentEvent::Apply(steps) => Some(steps),
+        _ => None,
+    });
+    steps.expect("a host without a link needs steps")
+}
+
+#[test]
+fn a_floor_of_the_last_run_waits_for_its_member() {
+    let route = |kind| Route { prefix: "10.244.2.0/24".parse().unwrap(), kind };
+    let floor = route(RouteKind::Unreachable);
+    let foreign = route(RouteKind::Foreign { metric: 1, description: "unicast".to_owned() });
+    let found: BTreeSet<Route> = [floor.clone(), foreign.clone()].into();
+    let bypass = Settings { allow_down_peer_bypass: true, ..settings(1) };
+    for (settings, goes) in [(settings(1), false), (settings(0), true), (bypass, true)] {
+        let what = format!("{} servers, bypass {}", settings.servers.len(), settings.allow_down_peer_bypass);
+        let steps = steps(&mut fresh(settings), &found, at(1));
+        assert_eq!(steps.contains(&Action::RemoveRoute(floor.clone())), goes, "{what}");
+        assert!(steps.contains(&Action::RemoveRoute(foreign.clone())), "{what}");
+    }
+
+    // Neither time nor an empty list of a server that has just started is a reason; both together are.
+    let mut agent = fresh(settings(1));
+    let gone = Action::RemoveRoute(floor);
+    for now in [at(1), at(1000)] {
+        assert!(!steps(&mut agent, &found, now).contains(&gone));
+    }
+    agent.handle_client_event(ServerId(0), ClientEvent::Synced { listed: BTreeSet::new() }, at(1000));
+    assert!(!steps(&mut agent, &found, at(1001)).contains(&gone));
+    assert!(!steps(&mut agent, &found, at(999) + ORPHAN_FLOOR_WAIT).contains(&gone));
+    assert!(steps(&mut agent, &found, at(1000) + ORPHAN_FLOOR_WAIT).contains(&gone));
+    // One that appears later is not of the last run.
+    assert!(steps(&mut agent, &found, at(2000)).contains(&gone));
+}
