@@ -146,8 +146,6 @@ pub enum PeerState {
     Up,
     /// Packets want to go there and no path works.
     Down,
-    /// In `mesh.denyNodes`.
-    Denied,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -95,7 +95,7 @@ pub fn peers_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, show: Show) 
             PeerState::Up => Color::Green,
             PeerState::Connecting => Color::Yellow,
             PeerState::Down => Color::Red,
-            PeerState::Idle | PeerState::Denied => Color::Grey,
+            PeerState::Idle => Color::Grey,
         };
         let mut row = vec![
             Cell::new(clean(&peer.host_name)),
