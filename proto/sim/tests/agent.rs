@@ -108,6 +108,8 @@ struct Bench {
     steps: Vec<Action>,
     claims: Vec<OwnClaim>,
     stopped: bool,
+    /// The host does not take these steps.
+    refused: fn(&Action) -> bool,
     now: Instant,
 }
 
@@ -117,6 +119,16 @@ impl Bench {
     }
 
     fn on(kernel: Kernel, settings: Settings, members: &[(u8, Record)], claim: Option<OwnClaim>) -> Self {
+        Self::that_refuses(|_| false, kernel, settings, members, claim)
+    }
+
+    fn that_refuses(
+        refused: fn(&Action) -> bool,
+        kernel: Kernel,
+        settings: Settings,
+        members: &[(u8, Record)],
+        claim: Option<OwnClaim>,
+    ) -> Self {
         let identity = peer_id(200);
         let wg = WgSecret::from_seed(CANARY);
         let start = Start {
@@ -139,6 +151,7 @@ impl Bench {
             steps: vec![],
             claims: vec![],
             stopped: false,
+            refused,
             now: at(0),
         };
         bench.observe();
@@ -169,6 +182,9 @@ impl Bench {
     }
 
     fn apply(&mut self, step: &Action) -> Option<StepError> {
+        if (self.refused)(step) {
+            return Some(StepError { text: "the host refuses".to_owned(), not_permitted: false });
+        }
         match step {
             Action::SetPeer(key, spec) => {
                 self.peers.insert(*key, spec.clone());
@@ -360,6 +376,20 @@ fn what_somebody_deletes_comes_back_and_what_somebody_adds_goes() {
     bench.observe();
     bench.run_until(at(100_000));
     assert_eq!(bench.steps.len(), repairs, "nothing is done twice");
+}
+
+#[test]
+fn a_step_that_always_fails_does_not_hold_up_the_repair_of_what_is_deleted() {
+    let refused = |step: &Action| *step == Action::SetMssClamp;
+    let members = [(1, peer(1, &[("10.1.0.0/16", 1)], &[]))];
+    let mut bench = Bench::that_refuses(refused, Kernel::new(vec![eth0(0)], false), settings(), &members, None);
+    bench.run_until(at(600_000));
+    let tries = bench.steps.iter().filter(|step| refused(step)).count();
+    assert!((15..40).contains(&tries), "{tries} tries in ten minutes");
+    bench.kernel.delete_link();
+    bench.observe();
+    assert!(bench.kernel.link.is_some(), "at once, not with the next try of the other step");
+    assert!(bench.has_route("10.1.0.0/16", dev));
 }
 
 #[test]

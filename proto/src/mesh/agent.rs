@@ -254,24 +254,11 @@ impl Agent {
 
     /// What is on the host now, whoever changed it.
     pub fn handle_observed(&mut self, observed: Observed, now: Instant) {
-        let moved = self.observed.as_ref().is_some_and(|before| before.underlay != observed.underlay);
-        if self.observed.is_none() && !self.clients.is_empty() && !self.settings.allow_down_peer_bypass {
-            let floor = observed.routes.iter().filter(|route| route.kind == RouteKind::Unreachable);
-            self.orphan_floor = floor.cloned().collect();
+        if self.observed.as_ref() != Some(&observed) {
+            // Somebody changed the host: what that needs does not wait for the next try of a step that failed.
+            self.retry_at = None;
         }
-        self.observed = Some(observed);
-        if moved {
-            tracing::info!("the network of this host changed");
-            self.rp_filter_denied.clear();
-            for client in self.clients.values_mut() {
-                client.handle_network_changed(now);
-            }
-            for path in self.paths.values_mut() {
-                path.handle_network_changed(now);
-            }
-        }
-        self.work_out_at(now);
-        self.settle(now);
+        self.take_observed(observed, now);
     }
 
     /// What came of the steps: those that failed with their reasons, and what is on the host after them.
@@ -284,6 +271,7 @@ impl Agent {
         } else {
             self.retry_at = Some(now + self.retry_pause);
             self.retry_pause = (self.retry_pause * 2).min(RECONCILE_INTERVAL);
+            self.last_steps = None;
         }
         for (action, error) in failures {
             if let (Action::LoosenRpFilter { link }, true) = (&action, error.not_permitted) {
@@ -298,7 +286,7 @@ impl Agent {
                 path.handle_wake();
             }
         }
-        self.handle_observed(observed, now);
+        self.take_observed(observed, now);
     }
 
     pub fn handle_peer_report(&mut self, peer: &WgPublicKey, report: &PeerReport, now: Instant) {
@@ -420,6 +408,30 @@ impl Agent {
 }
 
 impl Agent {
+    fn take_observed(&mut self, observed: Observed, now: Instant) {
+        let addresses = |host: &Observed| -> Vec<_> {
+            host.underlay.iter().map(|link| (link.name.clone(), link.addresses.clone())).collect()
+        };
+        let moved = self.observed.as_ref().is_some_and(|before| addresses(before) != addresses(&observed));
+        if self.observed.is_none() && !self.clients.is_empty() && !self.settings.allow_down_peer_bypass {
+            let floor = observed.routes.iter().filter(|route| route.kind == RouteKind::Unreachable);
+            self.orphan_floor = floor.cloned().collect();
+        }
+        self.observed = Some(observed);
+        if moved {
+            tracing::info!("the network of this host changed");
+            self.rp_filter_denied.clear();
+            for client in self.clients.values_mut() {
+                client.handle_network_changed(now);
+            }
+            for path in self.paths.values_mut() {
+                path.handle_network_changed(now);
+            }
+        }
+        self.work_out_at(now);
+        self.settle(now);
+    }
+
     /// Moves what the parts have to say into the queue, and works out the consequences when they are due.
     fn settle(&mut self, now: Instant) {
         self.drain_clients(now);
