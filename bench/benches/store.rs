@@ -6,7 +6,7 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use mesh_bench::member::{Member, cluster_keys};
 use mesh_common::id::{Namespace, NodeId};
-use mesh_common::limits::{MAX_NAMESPACES, MAX_SLOTS_PER_NAMESPACE, PUT_INTERVAL, SLOT_TTL};
+use mesh_common::limits::{MAX_NAMESPACES, MAX_SLOTS_PER_NAMESPACE, MAX_STORED_BYTES, PUT_INTERVAL, SLOT_TTL};
 use mesh_common::time::Instant;
 use mesh_proto::discovery::store::{Change, Put, Store, StoreConfig, Watcher};
 use mesh_proto::wire::frame::Frame;
@@ -34,6 +34,7 @@ impl Cluster {
             slot_ttl: SLOT_TTL,
             max_namespaces: MAX_NAMESPACES,
             max_slots_per_namespace: MAX_SLOTS_PER_NAMESPACE,
+            max_stored_bytes: MAX_STORED_BYTES,
         });
         let mut readers = Vec::new();
         for member in (1..=NODES).map(Member::numbered) {

@@ -26,6 +26,8 @@ pub const SLOT_TTL: Duration = Duration::from_secs(120);
 pub const TOMBSTONE_TTL: Duration = Duration::from_secs(3600);
 pub const MAX_SLOTS_PER_NAMESPACE: usize = 1024;
 pub const MAX_NAMESPACES: usize = 20_000;
+/// Frames of all namespaces together, in bytes: what is stored stays and can be replaced, new slots wait.
+pub const MAX_STORED_BYTES: usize = 256 << 20;
 /// New namespaces one address may open, per hour: honest sites open one.
 pub const NEW_NAMESPACES_PER_IP_PER_HOUR: u32 = 20;
 /// Puts of one node: a burst for start-up, then one a second.

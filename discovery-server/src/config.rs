@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mesh_common::config::HostPort;
 use mesh_common::id::Namespace;
-use mesh_common::limits::{MAX_CONNECTIONS, SLOT_TTL};
+use mesh_common::limits::{MAX_CONNECTIONS, MAX_STORED_BYTES, SLOT_TTL};
 
 use crate::socket::any;
 use crate::tls::KeySource;
@@ -79,6 +79,9 @@ pub(crate) struct ServeArgs {
     /// Sessions at once
     #[arg(long, value_name = "N", default_value_t = MAX_CONNECTIONS as u64, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     max_connections: u64,
+    /// Memory for records, in MiB; what is stored stays, new nodes are refused
+    #[arg(long, value_name = "MIB", default_value_t = (MAX_STORED_BYTES >> 20) as u64, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    max_memory: u64,
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
 }
@@ -115,6 +118,10 @@ impl ServeArgs {
 
     pub(crate) fn ttl(&self) -> Duration {
         self.ttl.unwrap_or(SLOT_TTL)
+    }
+
+    pub(crate) fn max_stored_bytes(&self) -> usize {
+        usize::try_from(self.max_memory << 20).expect("at most a TiB")
     }
 
     pub(crate) fn max_connections(&self) -> usize {
@@ -196,6 +203,7 @@ mod tests {
             ("--own-name", "https://a.example", "disc.example"),
             ("--own-name", "a.example:443", "disc.example"),
             ("--max-connections", "0", "1..="),
+            ("--max-memory", "0", "1..="),
             ("--advertise", "a.example", "host:port"),
             ("--advertise", "2001:db8::1:7443", "brackets"),
             ("--advertise", "a.example:0", "host:port"),

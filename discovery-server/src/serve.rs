@@ -148,6 +148,7 @@ fn machine(args: &ServeArgs, stun_ports: Vec<u16>) -> anyhow::Result<Server> {
         max_connections: args.max_connections(),
         max_namespaces: MAX_NAMESPACES,
         max_slots_per_namespace: MAX_SLOTS_PER_NAMESPACE,
+        max_stored_bytes: args.max_stored_bytes(),
     };
     Ok(Server::new(config, seed))
 }

@@ -39,6 +39,7 @@ impl Rendezvous {
             max_connections: MAX_CONNECTIONS,
             max_namespaces: MAX_NAMESPACES,
             max_slots_per_namespace: MAX_SLOTS_PER_NAMESPACE,
+            max_stored_bytes: mesh_common::limits::MAX_STORED_BYTES,
         };
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&self.random.next_u64().to_le_bytes());

@@ -21,6 +21,7 @@ pub mod reason {
     pub const MAX_NAMESPACES: &str = "max-namespaces";
     pub const ONLY_NAMESPACE: &str = "only-namespace";
     pub const MAX_SLOTS: &str = "max-slots-per-namespace";
+    pub const MAX_MEMORY: &str = "max-memory";
     pub const SESSIONS_PER_NAMESPACE: &str = "sessions-per-namespace";
     pub const SESSIONS_PER_NODE: &str = "sessions-per-node";
     pub const PUTS_PER_SLOT: &str = "puts-per-slot";

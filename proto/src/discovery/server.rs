@@ -48,6 +48,8 @@ pub struct ServerConfig {
     pub max_connections: usize,
     pub max_namespaces: usize,
     pub max_slots_per_namespace: usize,
+    /// Bytes of all stored frames together.
+    pub max_stored_bytes: usize,
 }
 
 /// What the shell has to do beyond sending.
@@ -139,6 +141,7 @@ impl Server {
             slot_ttl: config.slot_ttl,
             max_namespaces: config.max_namespaces,
             max_slots_per_namespace: config.max_slots_per_namespace,
+            max_stored_bytes: config.max_stored_bytes,
         });
         Self {
             config,
@@ -430,6 +433,7 @@ impl Server {
                 Err(PutError::Stale) => (ErrorCode::Stale, reason::STALE_FRAME, Duration::ZERO),
                 Err(PutError::Signature) => (ErrorCode::BadFrame, reason::BAD_FRAME, Duration::ZERO),
                 Err(PutError::Full) => (ErrorCode::ClusterFull, reason::MAX_SLOTS, FULL_RETRY_AFTER),
+                Err(PutError::Memory) => (ErrorCode::ServerFull, reason::MAX_MEMORY, FULL_RETRY_AFTER),
                 Err(PutError::NoSession) => unreachable!("a proven connection is a session of its node"),
             },
         };

@@ -32,6 +32,8 @@ pub struct StoreConfig {
     pub slot_ttl: Duration,
     pub max_namespaces: usize,
     pub max_slots_per_namespace: usize,
+    /// Bytes of all stored frames together.
+    pub max_stored_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -67,6 +69,8 @@ pub enum PutError {
     Signature,
     #[error("all slots of the namespace are taken")]
     Full,
+    #[error("the memory for frames is used up")]
+    Memory,
 }
 
 /// The server keeps no more namespaces.
@@ -212,6 +216,7 @@ impl Store {
     pub fn put(&mut self, frame: &Frame, now: Instant) -> Result<Put, PutError> {
         let (namespace, node) = (frame.namespace(), frame.node());
         let max_slots = self.config.max_slots_per_namespace;
+        let is_memory_full = self.stored_bytes + frame.as_bytes().len() > self.config.max_stored_bytes;
         let space = self.spaces.get_mut(&namespace).ok_or(PutError::NoSession)?;
         let full = space.records >= max_slots;
         let entry = space.nodes.get_mut(&node).filter(|entry| entry.sessions > 0).ok_or(PutError::NoSession)?;
@@ -226,6 +231,9 @@ impl Store {
         }
         if !frame.verify() {
             return Err(PutError::Signature);
+        }
+        if is_memory_full && stored_seq.is_none() {
+            return Err(PutError::Memory);
         }
         match frame.kind() {
             Kind::Record => {

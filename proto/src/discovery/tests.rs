@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use mesh_common::id::{Namespace, NodeId};
 use mesh_common::key::{ClusterKeys, ClusterSecret, SignKey};
-use mesh_common::limits::{MAX_NAMESPACES, MAX_SLOTS_PER_NAMESPACE, SESSION_IDLE, SLOT_TTL};
+use mesh_common::limits::{MAX_NAMESPACES, MAX_SLOTS_PER_NAMESPACE, MAX_STORED_BYTES, SESSION_IDLE, SLOT_TTL};
 use mesh_common::time::Instant;
 
 use super::client::{Client, ClientConfig, ClientEvent, ClientState};
@@ -53,6 +53,7 @@ pub(super) fn server_config() -> ServerConfig {
         max_connections: 1000,
         max_namespaces: MAX_NAMESPACES,
         max_slots_per_namespace: MAX_SLOTS_PER_NAMESPACE,
+        max_stored_bytes: MAX_STORED_BYTES,
     }
 }
 

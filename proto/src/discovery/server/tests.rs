@@ -442,6 +442,23 @@ fn slots_and_puts_meet_their_limits_with_a_name() {
 }
 
 #[test]
+fn used_up_memory_refuses_new_slots_and_keeps_the_old_ones() {
+    let frame = frame(keys(1).namespace, 1, Kind::Record, 1).as_bytes().len();
+    let mut server = new_server(|config| config.max_stored_bytes = 2 * frame);
+    for of in 1..=3 {
+        join(&mut server, u64::from(of), 1, of, at(0));
+    }
+    for of in 1..=2 {
+        assert_eq!(say(&mut server, u64::from(of), &put(of, 1), at(0)), [ServerMessage::Stored { seq: 1 }]);
+    }
+    let told = say(&mut server, 3, &put(3, 1), at(0));
+    assert_eq!(told, [refusal(ErrorCode::ServerFull, reason::MAX_MEMORY, FULL_RETRY_AFTER)]);
+    assert_eq!(say(&mut server, 2, &put(2, 2), at(0)), [ServerMessage::Stored { seq: 2 }]);
+    assert_eq!(refused(&server, reason::MAX_MEMORY), 1);
+    assert_eq!(server.stats().stored_bytes, 2 * frame as u64);
+}
+
+#[test]
 fn puts_of_others_bad_frames_and_old_ones_are_refused_and_the_session_stays() {
     let mut server = new_server(|_| {});
     join(&mut server, 1, 1, 1, at(0));

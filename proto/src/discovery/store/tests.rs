@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use mesh_common::limits::{PUT_BURST, PUT_INTERVAL, SLOT_TTL};
+use mesh_common::limits::{MAX_STORED_BYTES, PUT_BURST, PUT_INTERVAL, SLOT_TTL};
 use proptest::prelude::*;
 
 use super::*;
@@ -16,6 +16,7 @@ fn store(max_slots: usize) -> Store {
         slot_ttl: SLOT_TTL,
         max_namespaces: 2,
         max_slots_per_namespace: max_slots,
+        max_stored_bytes: MAX_STORED_BYTES,
     })
 }
 
