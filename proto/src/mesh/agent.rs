@@ -9,24 +9,24 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ipnet::IpNet;
-use mesh_common::addr::{self, Claim};
+use mesh_common::addr;
 use mesh_common::id::NodeId;
 use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey};
-use mesh_common::limits::{FIRST_SNAPSHOT_WAIT, RECONCILE_INTERVAL};
+use mesh_common::limits::RECONCILE_INTERVAL;
 use mesh_common::time::Instant;
 
-use crate::device::{Action, Desired, Observed, PeerReport, PeerRoute, Route, RouteKind};
-use crate::discovery::client::{Client, ClientConfig, ClientEvent, ClientState};
-use crate::mesh::desired::Inputs;
-use crate::mesh::members::{Admission, Members, ServerId};
-use crate::mesh::peer::{self, Peer, Surroundings};
-use crate::mesh::reconcile::reconcile;
-use crate::mesh::settings::{Settings, StaticPeer};
+use crate::device::{Action, Observed, PeerReport, PeerRoute, Route, RouteKind};
+use crate::discovery::client::Client;
+use crate::mesh::members::{Members, ServerId};
+use crate::mesh::peer::Peer;
+use crate::mesh::settings::Settings;
 use crate::path::agent::{PathAgent, PathEvent, PathState};
 use crate::random::SplitMix64;
 use crate::wire::session::SessionError;
 
+mod consequences;
 mod publish;
+mod sessions;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -451,227 +451,6 @@ impl Agent {
         self.finish_leaving(now);
     }
 
-    fn drain_clients(&mut self, now: Instant) {
-        let servers: Vec<ServerId> = self.clients.keys().copied().collect();
-        for server in servers {
-            while let Some(event) = self.clients.get_mut(&server).and_then(Client::poll_event) {
-                self.handle_client_event(server, event, now);
-            }
-        }
-    }
-
-    fn handle_client_event(&mut self, server: ServerId, event: ClientEvent, now: Instant) {
-        let name = &self.settings.servers[server.0].name;
-        let facts = self.server_facts.entry(server).or_default();
-        match event {
-            ClientEvent::Dial => self.events.push_back(AgentEvent::Dial(server)),
-            ClientEvent::HangUp => self.events.push_back(AgentEvent::HangUp(server)),
-            ClientEvent::Welcomed { observed, .. } => {
-                tracing::info!(server = %name, %observed, "connected to discovery server");
-                *facts = ServerFacts { observed: Some(observed), ..ServerFacts::default() };
-                self.work_out_at(now);
-            }
-            ClientEvent::Frame(bytes) => self.handle_frame(server, bytes, now),
-            ClientEvent::Synced { listed } => {
-                let changed = self.members.set_listing(server, &listed);
-                if self.synced_at.is_none() {
-                    tracing::info!(server = %name, members = self.members.iter().count(), "learned the members of the cluster");
-                    self.synced_at = Some(now);
-                    self.work_out_at(now);
-                } else if changed {
-                    self.work_out_at(now + SETTLE);
-                }
-            }
-            ClientEvent::Gone(node) => {
-                self.members.unlist(server, &node);
-                self.work_out_at(now + SETTLE);
-            }
-            ClientEvent::Stored { seq } => self.publisher.handle_stored(server, seq),
-            ClientEvent::Refused(error) => {
-                tracing::warn!(server = %name, %error, "the discovery server refused a request");
-                facts.refused = Some(error);
-            }
-            ClientEvent::Lost { reason, retry_in } => {
-                tracing::warn!(server = %name, %reason, ?retry_in, "no session with the discovery server");
-                facts.lost = Some(reason);
-            }
-        }
-    }
-
-    fn handle_frame(&mut self, server: ServerId, bytes: Bytes, now: Instant) {
-        match self.members.admit_listed(bytes, server, now) {
-            Ok((_, Admission::Known)) => {}
-            Ok((node, Admission::OwnIdentity { seq, instance })) => {
-                self.members.set_own_seq(seq);
-                self.publisher.jump_past(seq);
-                if instance != Some(self.instance) && !self.clone_seen {
-                    self.clone_seen = true;
-                    tracing::warn!(
-                        node = %node.short(),
-                        "another agent runs with this node's identity: give every machine its own state directory"
-                    );
-                }
-            }
-            Ok((node, admission)) => {
-                let host_name = self.members.get(&node).map(|member| member.record.host_name.clone());
-                match admission {
-                    Admission::New => {
-                        tracing::info!(node = %node.short(), ?host_name, "member joined")
-                    }
-                    Admission::Left => tracing::info!(node = %node.short(), "member left"),
-                    _ => tracing::debug!(node = %node.short(), ?host_name, "member updated"),
-                }
-                self.events.push_back(AgentEvent::StoreMembers);
-                self.work_out_at(now + SETTLE);
-            }
-            Err(rejection) => tracing::debug!(%rejection, "a record was not accepted"),
-        }
-    }
-
-    /// From facts to consequences: peers, paths, desired state, steps, our own record.
-    fn work_out(&mut self, now: Instant) {
-        if self.leaving.is_none() {
-            self.resolve_overlay_v4(now);
-            self.peers = self.judge_peers(now);
-            self.sync_paths(now);
-        }
-        self.down = self.paths.iter().filter(|(_, path)| is_down(path.state(now))).map(|(key, _)| *key).collect();
-        if self.applying || self.retry_at.is_some() {
-            self.publish_if_changed(now);
-            return;
-        }
-        let desired = match &self.observed {
-            None => return,
-            Some(_) if self.leaving.is_some() => Desired::default(),
-            Some(observed) => {
-                let desired = self.desired(observed);
-                self.with_orphan_floor(desired, now)
-            }
-        };
-        let steps = self.observed.as_ref().map(|observed| reconcile(&desired, observed)).unwrap_or_default();
-        if !steps.is_empty() && self.last_steps.replace(steps.clone()).as_ref() == Some(&steps) {
-            // Done without an error and without effect: somebody undoes them, or this host does not take them.
-            self.retry_at = Some(now + self.retry_pause);
-            self.retry_pause = (self.retry_pause * 2).min(RECONCILE_INTERVAL);
-            self.last_steps = None;
-        } else if steps.is_empty() {
-            self.last_steps = None;
-        } else {
-            self.applying = true;
-            self.events.push_back(AgentEvent::Apply(steps));
-        }
-        self.publish_if_changed(now);
-    }
-
-    fn desired(&self, observed: &Observed) -> Desired {
-        Inputs {
-            settings: &self.settings,
-            preshared_keys: &self.preshared_keys,
-            overlay_v6: self.overlay_v6(),
-            overlay_v4: self.overlay_v4(),
-            peers: &self.peers,
-            tunnels: &self.paths.iter().map(|(key, path)| (*key, path.tunnel_generation())).collect(),
-            down: &self.down,
-            underlay: &observed.underlay,
-            loosened: &observed.loosened,
-            rp_filter_denied: &self.rp_filter_denied,
-        }
-        .desired()
-    }
-
-    /// A floor of the last run that no member accounts for stays until members had time to show up: the cache may have been
-    /// lost in a crash, and a server that restarted lists only those who found it again.
-    fn with_orphan_floor(&mut self, mut desired: Desired, now: Instant) -> Desired {
-        if self.synced_at.is_some_and(|at| now.since(at) >= ORPHAN_FLOOR_WAIT) {
-            self.orphan_floor.clear();
-        }
-        // A floor that has a member again goes with it.
-        self.orphan_floor.retain(|route| !desired.routes.contains(route));
-        desired.routes.extend(self.orphan_floor.iter().cloned());
-        desired
-    }
-
-    fn judge_peers(&self, now: Instant) -> Vec<Peer> {
-        Surroundings {
-            settings: &self.settings,
-            members: &self.members,
-            own: self.identity.node_id(),
-            own_overlay_v4: self.own_claim(),
-            own_prefixes: &self.own_prefixes,
-            underlay: self.underlay(),
-            rp_filter_denied: &self.rp_filter_denied,
-            now,
-        }
-        .peers()
-    }
-
-    /// One path agent a member, one route a static peer.
-    fn sync_paths(&mut self, now: Instant) {
-        let keys: BTreeSet<WgPublicKey> = self.peers.iter().map(|peer| peer.key).collect();
-        self.paths.retain(|key, _| keys.contains(key));
-        self.preshared_keys.retain(|(key, _), _| keys.contains(key));
-        let own = (self.identity.node_id(), self.wg_public);
-        for peer in &self.peers {
-            self.preshared_keys
-                .entry((peer.key, peer.node))
-                .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
-            let path = self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64()));
-            path.handle_candidates(&peer.candidates);
-            path.handle_instance(peer.instance, now);
-        }
-        let statics: BTreeMap<WgPublicKey, &StaticPeer> =
-            self.settings.static_peers.iter().map(|peer| (peer.public_key, peer)).collect();
-        self.static_routes.retain(|key, _| statics.contains_key(key));
-        for (key, peer) in statics {
-            self.static_routes.entry(key).or_insert_with(|| {
-                let route = PeerRoute { primary: peer.endpoint, handshake_fan_out: Vec::new() };
-                self.events.push_back(AgentEvent::SetRoute(key, route.clone()));
-                route
-            });
-        }
-    }
-
-    /// Takes an overlay IPv4 address when it is time to, and another one when an older claim holds ours.
-    fn resolve_overlay_v4(&mut self, now: Instant) {
-        let own = self.identity.node_id();
-        let is_held = |claim: &OwnClaim| {
-            let ours = Claim { claimed_at_ms: claim.claimed_at_ms, node: own };
-            self.members.iter().filter(|(_, member)| member.is_live(now)).any(|(node, member)| {
-                member.record.overlay_v4.is_some_and(|theirs| {
-                    theirs.addr == claim.addr && Claim { claimed_at_ms: theirs.claimed_at_ms, node: *node } < ours
-                })
-            })
-        };
-        let pool = self.settings.overlay_v4_pool;
-        match self.publisher.claim.filter(|claim| pool.contains(&claim.addr)) {
-            Some(claim) if !is_held(&claim) => return,
-            Some(claim) => {
-                tracing::warn!(addr = %claim.addr, "an older claim holds our overlay IPv4 address: taking another")
-            }
-            None => {}
-        }
-        if !self.may_claim(now) {
-            self.work_out_at(self.started.0 + FIRST_SNAPSHOT_WAIT);
-            return;
-        }
-        let chosen = peer::choose_overlay_v4(pool, &self.members, &own, now);
-        self.publisher.claim = chosen.map(|addr| OwnClaim { addr, claimed_at_ms: self.unix_ms(now) });
-        if let Some(claim) = self.publisher.claim {
-            tracing::info!(addr = %claim.addr, "took an overlay IPv4 address");
-            self.events.push_back(AgentEvent::StoreClaim(claim));
-        }
-    }
-
-    /// Whether enough is known of others to take an address.
-    fn may_claim(&self, now: Instant) -> bool {
-        self.synced_at.is_some() || self.clients.is_empty() || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
-    }
-
-    fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
-        let claim = self.publisher.claim?;
-        Some((claim.addr, Claim { claimed_at_ms: claim.claimed_at_ms, node: self.identity.node_id() }))
-    }
-
     fn finish_leaving(&mut self, now: Instant) {
         let Some(leaving) = self.leaving.as_mut().filter(|leaving| !leaving.stopped) else { return };
         if leaving.give_up_at.is_some_and(|at| now >= at) {
@@ -689,36 +468,6 @@ impl Agent {
             self.leaving = Some(Leaving { give_up_at: None, said: true, stopped: true });
             self.events.push_back(AgentEvent::Stopped);
         }
-    }
-
-    fn connect_servers(&mut self, now: Instant) {
-        for (place, server) in self.settings.servers.iter().enumerate() {
-            let config = ClientConfig {
-                server_name: server.name.clone(),
-                keys: self.keys.clone(),
-                identity: self.identity.clone(),
-                instance: self.instance,
-                proxied: server.proxied,
-            };
-            let mut client = Client::new(config, self.random.next_u64(), now);
-            if let Some(frame) = self.publisher.frame() {
-                client.publish(frame.clone(), now);
-            }
-            self.clients.insert(ServerId(place), client);
-        }
-    }
-
-    fn disconnect_servers(&mut self) {
-        for (server, mut client) in std::mem::take(&mut self.clients) {
-            client.stop();
-            self.events.push_back(AgentEvent::HangUp(server));
-        }
-        self.server_facts.clear();
-    }
-
-    fn connected(&self) -> BTreeSet<ServerId> {
-        let is_live = |client: &Client| matches!(client.state(), ClientState::Syncing | ClientState::Live);
-        self.clients.iter().filter(|(_, client)| is_live(client)).map(|(server, _)| *server).collect()
     }
 
     fn underlay(&self) -> &[crate::device::UnderlayLink] {

@@ -8,6 +8,7 @@ use mesh_common::limits::{LINK_MTU, LISTEN_PORT};
 
 use super::*;
 use crate::device::Route;
+use crate::discovery::client::ClientEvent;
 use crate::mesh::settings::ServerSettings;
 
 fn settings(servers: usize) -> Settings {

@@ -1,0 +1,119 @@
+//! The sessions with all servers: what they say, and who of them is there.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use mesh_common::time::Instant;
+
+use super::{Agent, AgentEvent, SETTLE, ServerFacts};
+use crate::discovery::client::{Client, ClientConfig, ClientEvent, ClientState};
+use crate::mesh::members::{Admission, ServerId};
+
+impl Agent {
+    pub(super) fn drain_clients(&mut self, now: Instant) {
+        let servers: Vec<ServerId> = self.clients.keys().copied().collect();
+        for server in servers {
+            while let Some(event) = self.clients.get_mut(&server).and_then(Client::poll_event) {
+                self.handle_client_event(server, event, now);
+            }
+        }
+    }
+
+    pub(super) fn handle_client_event(&mut self, server: ServerId, event: ClientEvent, now: Instant) {
+        let name = &self.settings.servers[server.0].name;
+        let facts = self.server_facts.entry(server).or_default();
+        match event {
+            ClientEvent::Dial => self.events.push_back(AgentEvent::Dial(server)),
+            ClientEvent::HangUp => self.events.push_back(AgentEvent::HangUp(server)),
+            ClientEvent::Welcomed { observed, .. } => {
+                tracing::info!(server = %name, %observed, "connected to discovery server");
+                *facts = ServerFacts { observed: Some(observed), ..ServerFacts::default() };
+                self.work_out_at(now);
+            }
+            ClientEvent::Frame(bytes) => self.handle_frame(server, bytes, now),
+            ClientEvent::Synced { listed } => {
+                let changed = self.members.set_listing(server, &listed);
+                if self.synced_at.is_none() {
+                    tracing::info!(server = %name, members = self.members.iter().count(), "learned the members of the cluster");
+                    self.synced_at = Some(now);
+                    self.work_out_at(now);
+                } else if changed {
+                    self.work_out_at(now + SETTLE);
+                }
+            }
+            ClientEvent::Gone(node) => {
+                self.members.unlist(server, &node);
+                self.work_out_at(now + SETTLE);
+            }
+            ClientEvent::Stored { seq } => self.publisher.handle_stored(server, seq),
+            ClientEvent::Refused(error) => {
+                tracing::warn!(server = %name, %error, "the discovery server refused a request");
+                facts.refused = Some(error);
+            }
+            ClientEvent::Lost { reason, retry_in } => {
+                tracing::warn!(server = %name, %reason, ?retry_in, "no session with the discovery server");
+                facts.lost = Some(reason);
+            }
+        }
+    }
+
+    fn handle_frame(&mut self, server: ServerId, bytes: Bytes, now: Instant) {
+        match self.members.admit_listed(bytes, server, now) {
+            Ok((_, Admission::Known)) => {}
+            Ok((node, Admission::OwnIdentity { seq, instance })) => {
+                self.members.set_own_seq(seq);
+                self.publisher.jump_past(seq);
+                if instance != Some(self.instance) && !self.clone_seen {
+                    self.clone_seen = true;
+                    tracing::warn!(
+                        node = %node.short(),
+                        "another agent runs with this node's identity: give every machine its own state directory"
+                    );
+                }
+            }
+            Ok((node, admission)) => {
+                let host_name = self.members.get(&node).map(|member| member.record.host_name.clone());
+                match admission {
+                    Admission::New => {
+                        tracing::info!(node = %node.short(), ?host_name, "member joined")
+                    }
+                    Admission::Left => tracing::info!(node = %node.short(), "member left"),
+                    _ => tracing::debug!(node = %node.short(), ?host_name, "member updated"),
+                }
+                self.events.push_back(AgentEvent::StoreMembers);
+                self.work_out_at(now + SETTLE);
+            }
+            Err(rejection) => tracing::debug!(%rejection, "a record was not accepted"),
+        }
+    }
+
+    pub(super) fn connect_servers(&mut self, now: Instant) {
+        for (place, server) in self.settings.servers.iter().enumerate() {
+            let config = ClientConfig {
+                server_name: server.name.clone(),
+                keys: self.keys.clone(),
+                identity: self.identity.clone(),
+                instance: self.instance,
+                proxied: server.proxied,
+            };
+            let mut client = Client::new(config, self.random.next_u64(), now);
+            if let Some(frame) = self.publisher.frame() {
+                client.publish(frame.clone(), now);
+            }
+            self.clients.insert(ServerId(place), client);
+        }
+    }
+
+    pub(super) fn disconnect_servers(&mut self) {
+        for (server, mut client) in std::mem::take(&mut self.clients) {
+            client.stop();
+            self.events.push_back(AgentEvent::HangUp(server));
+        }
+        self.server_facts.clear();
+    }
+
+    pub(super) fn connected(&self) -> BTreeSet<ServerId> {
+        let is_live = |client: &Client| matches!(client.state(), ClientState::Syncing | ClientState::Live);
+        self.clients.iter().filter(|(_, client)| is_live(client)).map(|(server, _)| *server).collect()
+    }
+}
