@@ -18,8 +18,8 @@ struct Args {
     /// Keep the mesh until Ctrl-C and print how to enter its hosts.
     #[arg(long)]
     keep: bool,
-    /// How often to measure the start of a node with an empty cache (20 for the figure of the project's gate).
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    /// How often to measure the start of a node with an empty cache.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
     cold_starts: u16,
     /// Reverse path filter on every underlay link: 0 off, 1 strict, 2 loose.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=2))]
