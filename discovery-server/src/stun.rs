@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use mesh_proto::wire::stun::answer;
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use tokio::io::Interest;
@@ -23,8 +23,9 @@ use crate::metrics::StunCounters;
 /// Requests of one source: a site with many nodes that all start at once, then a steady trickle.
 const BURST: u32 = 200;
 const PER_SECOND: u32 = 50;
-/// Sources with a budget; beyond that strangers wait until others are forgotten.
+/// Sources with a budget of their own; beyond that all share one.
 const MAX_SOURCES: usize = 100_000;
+const SHARED_PER_SECOND: u32 = 5000;
 const FORGET_EVERY: Duration = Duration::from_secs(10);
 /// The kernel may hand over many datagrams of one source as one.
 const BUFFER: usize = 64 * 1024;
@@ -44,6 +45,8 @@ struct Port {
 
 struct Budget {
     limiter: DefaultKeyedRateLimiter<IpAddr>,
+    /// Of all sources together while there are too many to tell apart.
+    shared: DefaultDirectRateLimiter,
 }
 
 /// Takes over two bound sockets; needs a tokio runtime.
@@ -127,11 +130,20 @@ impl Budget {
     fn new() -> Self {
         let burst = NonZeroU32::new(BURST).expect("not zero");
         let per_second = NonZeroU32::new(PER_SECOND).expect("not zero");
-        Self { limiter: RateLimiter::keyed(Quota::per_second(per_second).allow_burst(burst)) }
+        let shared = NonZeroU32::new(SHARED_PER_SECOND).expect("not zero");
+        Self {
+            limiter: RateLimiter::keyed(Quota::per_second(per_second).allow_burst(burst)),
+            shared: RateLimiter::direct(Quota::per_second(shared)),
+        }
     }
 
     fn allows(&self, from: IpAddr) -> bool {
-        self.limiter.len() < MAX_SOURCES && self.limiter.check_key(&source(from)).is_ok()
+        if self.limiter.len() < MAX_SOURCES {
+            self.limiter.check_key(&source(from)).is_ok()
+        } else {
+            // Forged sources fill the table at will: then all share one budget, which honest ones rarely meet.
+            self.shared.check().is_ok()
+        }
     }
 
     /// Forgets sources whose budget is whole again, for ever.

@@ -7,10 +7,11 @@ use mesh_common::config::Config;
 
 use crate::api::{self, ApiRequest};
 use crate::clock;
-use crate::eventloop::{Ended, Node};
+use crate::device;
+use crate::eventloop::{Departure, Ended, Node};
 use crate::http;
 use crate::node_settings;
-use crate::services::{Services, Wish, read_config};
+use crate::services::{Answer, Services, Wish, read_config};
 use crate::settings::RunOptions;
 use crate::state::State;
 use crate::status;
@@ -34,27 +35,46 @@ async fn serve(options: RunOptions) -> anyhow::Result<()> {
         None => None,
     };
     let mut is_first = true;
+    // The floor of the last run stands until a node is up, unless that one cleaned up.
+    let mut is_clean = false;
+    let mut waiting: Vec<Answer> = Vec::new();
     let ended = loop {
         let next = if config.mesh.enabled {
             match Node::start((*config).clone(), &mut state).await {
-                Ok(node) => node.run(&mut services).await,
-                Err(error) => Err(error),
+                Ok(node) => {
+                    answer_all(&mut waiting, Ok(()));
+                    match node.run(&mut services).await {
+                        Ok(ended) => ended,
+                        Err(error) => break Err(error),
+                    }
+                }
+                Err(error) if is_first || !is_clean => {
+                    answer_all(&mut waiting, Err(format!("{error:#}")));
+                    break Err(error);
+                }
+                // Whoever switched it on is told; the process and its socket stay for the next try.
+                Err(error) => {
+                    tracing::error!("the mesh cannot be switched on: {error:#}");
+                    answer_all(&mut waiting, Err(format!("{error:#}")));
+                    config.mesh.enabled = false;
+                    continue;
+                }
             }
         } else {
-            Ok(idle(config.clone(), &state, &mut services).await)
+            if !is_clean {
+                remove_leftovers(&config, &state).await;
+            }
+            answer_all(&mut waiting, Ok(()));
+            idle(config.clone(), &state, &mut services).await
         };
         match next {
-            Ok(Ended::Left(next)) => {
-                config = next;
+            Ended::Left(departure) => {
+                config = departure.config;
+                waiting = departure.waiting;
+                is_clean = departure.is_clean;
                 is_first = false;
             }
-            Ok(Ended::Terminated) => break Ok(()),
-            Err(error) if is_first => break Err(error),
-            // Whoever switched it on reads this; the process and its socket stay for the next try.
-            Err(error) => {
-                tracing::error!("the mesh cannot be switched on: {error:#}");
-                config.mesh.enabled = false;
-            }
+            Ended::Terminated => break Ok(()),
         }
     };
     services.stopping();
@@ -67,6 +87,28 @@ async fn serve(options: RunOptions) -> anyhow::Result<()> {
     ended
 }
 
+/// A node that is off owns nothing, also when its last run was cut short.
+async fn remove_leftovers(config: &Config, state: &State) {
+    match device::cleanup(config.mesh.interface_name.as_str(), state.dir()).await {
+        Ok(report) => {
+            for removed in report.removed {
+                tracing::info!("removed what the last run left: {removed}");
+            }
+            for failed in report.failed {
+                tracing::warn!("what the last run left could not be removed: {failed}");
+            }
+        }
+        Err(error) => tracing::warn!("cannot look for what the last run left: {error}"),
+    }
+}
+
+fn answer_all(waiting: &mut Vec<Answer>, result: Result<(), String>) {
+    for answer in waiting.drain(..) {
+        // The asker may have gone.
+        let _gone = answer.send(result.clone());
+    }
+}
+
 /// The mesh is off: answers, and waits to be switched on.
 async fn idle(mut config: Box<Config>, state: &State, services: &mut Services) -> Ended {
     tracing::info!("the mesh is off (mesh.enabled is false): waiting to be switched on");
@@ -75,12 +117,12 @@ async fn idle(mut config: Box<Config>, state: &State, services: &mut Services) -
     loop {
         match services.next().await {
             Wish::Terminate => return Ended::Terminated,
+            Wish::Reload { config: new, answer } if new.mesh.enabled => {
+                return Ended::Left(Departure { config: new, waiting: answer.into_iter().collect(), is_clean: true });
+            }
             Wish::Reload { config: new, answer } => {
                 // The asker may have gone.
                 let _gone = answer.map(|answer| answer.send(Ok(())));
-                if new.mesh.enabled {
-                    return Ended::Left(new);
-                }
                 config = new;
             }
             Wish::Api(ApiRequest::Status(answer)) => {

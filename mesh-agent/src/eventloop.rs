@@ -16,6 +16,7 @@ use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, OwnClaim, Start, StepError};
+use mesh_proto::mesh::members::ServerId;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use zeroize::Zeroizing;
 
@@ -49,7 +50,7 @@ pub enum Ended {
     /// A signal: the link goes with the process, the fail-closed floor stays.
     Terminated,
     /// It said farewell and cleaned the host. The configuration to go on with.
-    Left(Box<Config>),
+    Left(Departure),
 }
 
 pub struct Node<'a> {
@@ -82,6 +83,16 @@ impl fmt::Debug for Node<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Node").field("node", &self.agent.node_id()).finish_non_exhaustive()
     }
+}
+
+/// The node is gone from this process.
+#[derive(Debug)]
+pub struct Departure {
+    pub config: Box<Config>,
+    /// Who is to be told whether the new configuration is in force.
+    pub waiting: Vec<Answer>,
+    /// Nothing is left on the host. Otherwise the floor stands until the node is back.
+    pub is_clean: bool,
 }
 
 /// A departure under way, and who waits for it.
@@ -161,8 +172,8 @@ impl<'a> Node<'a> {
         let mut tunnels = interval(TUNNEL_TICK);
         tunnels.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if self.drain(services).await {
-                return self.leave();
+            if let Some(is_clean) = self.drain(services).await {
+                return Ok(self.leave(is_clean));
             }
             if !self.engine.is_running() {
                 bail!("a thread of the data plane died, which is a bug: the log above says where");
@@ -208,8 +219,8 @@ impl<'a> Node<'a> {
             .unwrap_or_else(|| (clock::now() + Duration::from_secs(3600), "nothing is due"))
     }
 
-    /// Does all that is due and all that the machine asks for. True when the machine has stopped.
-    async fn drain(&mut self, services: &mut Services) -> bool {
+    /// Does all that is due and all that the machine asks for. `Some` when the node has left: whether the host is clean.
+    async fn drain(&mut self, services: &mut Services) -> Option<bool> {
         loop {
             while let Some((server, message)) = self.agent.poll_transmit() {
                 self.carriers.send(server, message);
@@ -217,7 +228,7 @@ impl<'a> Node<'a> {
             let now = clock::now();
             if let Some(event) = self.agent.poll_event() {
                 if event == AgentEvent::Stopped {
-                    return true;
+                    return Some(true);
                 }
                 self.carry_out(event).await;
             } else if self.observe_at.is_some_and(|at| now >= at) || self.is_link_newly_lost() {
@@ -231,7 +242,7 @@ impl<'a> Node<'a> {
                 self.store_members();
             } else if self.leaving.as_ref().is_some_and(|leaving| now >= leaving.give_up_at) {
                 tracing::warn!("the departure is not complete: run `mesh-agent cleanup` for what is left on this host");
-                return true;
+                return Some(false);
             } else {
                 break;
             }
@@ -239,7 +250,7 @@ impl<'a> Node<'a> {
         if self.ready {
             services.ready();
         }
-        false
+        None
     }
 
     /// The link was deleted and the host does not know yet that its TUN is dead.
@@ -385,13 +396,19 @@ impl<'a> Node<'a> {
                 if self.store_at.is_some() {
                     self.store_members();
                 }
+                self.keep_only_the_floor().await;
                 self.engine.stop();
                 return Ok(Some(Ended::Terminated));
             }
-            Wish::Reload { config, answer } => self.reload(config, answer).await,
+            Wish::Reload { config, answer } => return Ok(self.reload(config, answer).await),
             Wish::Api(ApiRequest::Status(answer)) => {
                 // The asker may have gone.
                 let _gone = answer.send(Box::new(self.status()));
+            }
+            Wish::Api(ApiRequest::Leave(answer)) if !self.agent.has_session() => {
+                let error =
+                    "no discovery server is connected, so the members cannot be told: try again, or `mesh-agent down`";
+                let _gone = answer.send(Err(error.to_owned()));
             }
             Wish::Api(ApiRequest::Leave(answer)) => {
                 let mut config = Box::new(self.config.clone());
@@ -405,28 +422,36 @@ impl<'a> Node<'a> {
     }
 
     /// Takes a new configuration. What cannot change in place (cluster, interface, port) takes the node down and up again.
-    async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) {
+    async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) -> Option<Ended> {
         if let Some(leaving) = &mut self.leaving {
             // The newest configuration is the one to go on with, on or off.
             leaving.config = config;
             leaving.waiting.extend(answer);
-            return;
+            return None;
         }
         if !config.mesh.enabled {
             self.start_leaving(config, answer);
-            return;
+            return None;
         }
         let loaded = node_settings::load(&config).await;
         let secret = secrets::cluster_secret(&config.cluster.secret);
         match (loaded, secret) {
             (Err(error), _) => respond(answer, Err(format!("{error:#}"))),
             (_, Err(error)) => respond(answer, Err(error.to_string())),
-            (Ok(_), Ok(secret)) if self.needs_restart(&config, &secret) => {
-                tracing::info!("the new configuration changes cluster, interface or port: leaving and coming back");
+            (Ok(_), Ok(secret)) if secret != self.secret || config.cluster.id != self.config.cluster.id => {
+                tracing::info!("the new configuration is of another cluster: leaving this one");
                 self.start_leaving(config, answer);
             }
+            (Ok(_), Ok(_)) if self.needs_restart(&config) => {
+                tracing::info!(
+                    "the new configuration changes interface or port: starting anew; routes fail closed meanwhile"
+                );
+                self.engine.stop();
+                let waiting = answer.into_iter().collect();
+                return Some(Ended::Left(Departure { config, waiting, is_clean: false }));
+            }
             (Ok(settings), Ok(_)) => {
-                self.servers = node_settings::servers(&config);
+                self.set_servers(node_settings::servers(&config));
                 self.host_name = settings.host_name.clone();
                 self.config = *config;
                 self.agent.handle_settings(settings, clock::now());
@@ -434,14 +459,33 @@ impl<'a> Node<'a> {
                 respond(answer, Ok(()));
             }
         }
+        None
     }
 
-    fn needs_restart(&self, config: &Config, secret: &ClusterSecret) -> bool {
-        let (now, new) = (&self.config, config);
-        *secret != self.secret
-            || now.cluster.id != new.cluster.id
-            || now.mesh.interface_name != new.mesh.interface_name
-            || now.mesh.listen_port != new.mesh.listen_port
+    fn needs_restart(&self, config: &Config) -> bool {
+        let (now, new) = (&self.config.mesh, &config.mesh);
+        now.interface_name != new.interface_name || now.listen_port != new.listen_port
+    }
+
+    /// A session whose server is expected to hold another key from now on ends at once.
+    fn set_servers(&mut self, servers: Vec<ServerAddress>) {
+        for (place, (before, now)) in self.servers.iter().zip(&servers).enumerate() {
+            if before != now {
+                self.carriers.hang_up(ServerId(place));
+                self.agent.handle_disconnected(ServerId(place), "its configuration changed", clock::now());
+            }
+        }
+        self.servers = servers;
+    }
+
+    /// Before the process ends: what is neither floor nor rule goes.
+    async fn keep_only_the_floor(&mut self) {
+        let restored = self.observed.loosened.iter().map(|link| Action::RestoreRpFilter { link: link.clone() });
+        for step in restored.chain([Action::RemoveMssClamp]) {
+            if let Err(error) = self.host.apply(&step).await {
+                tracing::debug!(%error, "not undone at the end");
+            }
+        }
     }
 
     fn start_leaving(&mut self, config: Box<Config>, answer: Option<Answer>) {
@@ -454,19 +498,22 @@ impl<'a> Node<'a> {
         self.agent.handle_leave(clock::now());
     }
 
-    /// The host is clean: the threads and sockets go, then whoever waits is told.
-    fn leave(mut self) -> anyhow::Result<Ended> {
+    /// The threads and sockets go; whoever waits is told what came of it, or once the next configuration is in force.
+    fn leave(mut self, is_clean: bool) -> Ended {
         self.engine.stop();
         if let Err(error) = self.state.store_frames(&[]) {
             tracing::warn!("{error}");
         }
-        tracing::info!("mesh is off; nothing of it is left on this host");
-        let Some(leaving) = self.leaving.take() else { return Ok(Ended::Terminated) };
-        drop(self);
-        for answer in leaving.waiting {
-            let _gone = answer.send(Ok(()));
+        let Some(leaving) = self.leaving.take() else { return Ended::Terminated };
+        let mut departure = Departure { config: leaving.config, waiting: leaving.waiting, is_clean };
+        if is_clean {
+            tracing::info!("mesh is off; nothing of it is left on this host");
+        } else {
+            for answer in departure.waiting.drain(..) {
+                respond(Some(answer), Err("not all of the mesh could be removed: run `mesh-agent cleanup`".to_owned()));
+            }
         }
-        Ok(Ended::Left(leaving.config))
+        Ended::Left(departure)
     }
 
     fn status(&self) -> Status {

@@ -2,14 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use mesh_common::config::{Config, HostPort};
 use mesh_common::host_name::HostName;
 use mesh_proto::mesh::settings::{ServerSettings, Settings, StaticPeer};
 
+use tokio::time::timeout;
+
 use crate::io::session::ServerAddress;
 use crate::secrets;
+
+/// The event loop waits for a reload: no name may hold it up for long.
+const RESOLVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Reads what the configuration points to. Fails with the key and the fix; nothing running is disturbed by that.
 pub async fn load(config: &Config) -> anyhow::Result<Settings> {
@@ -18,9 +24,7 @@ pub async fn load(config: &Config) -> anyhow::Result<Settings> {
     let mut static_peers = Vec::new();
     for (place, peer) in mesh.static_peers.iter().enumerate() {
         let endpoint = match &peer.endpoint {
-            Some(endpoint) => {
-                Some(resolve(endpoint).await.with_context(|| format!("mesh.staticPeers[{place}].endpoint"))?)
-            }
+            Some(endpoint) => resolve(endpoint, place).await,
             None => None,
         };
         let preshared_key = peer.preshared_key_file.as_deref().map(secrets::preshared_key).transpose()?;
@@ -76,10 +80,15 @@ pub fn host_name(config: &Config) -> anyhow::Result<HostName> {
         .with_context(|| format!("this machine is called {system:?}, which peers cannot show: set mesh.hostName"))
 }
 
-async fn resolve(endpoint: &HostPort) -> anyhow::Result<SocketAddr> {
-    let found = tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port)).await;
-    let Some(addr) = found.with_context(|| format!("{endpoint} does not resolve"))?.next() else {
-        bail!("{endpoint} has no address");
-    };
-    Ok(addr)
+/// A name that does not resolve now is no reason to go without a mesh: the device may speak first.
+async fn resolve(endpoint: &HostPort, place: usize) -> Option<SocketAddr> {
+    let lookup = tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port));
+    let found = timeout(RESOLVE_LIMIT, lookup).await.ok().and_then(Result::ok).and_then(|mut found| found.next());
+    if found.is_none() {
+        tracing::warn!(
+            "mesh.staticPeers[{place}].endpoint {endpoint} does not resolve: waiting for the device to speak first; \
+             reload the agent once the name resolves"
+        );
+    }
+    found
 }

@@ -55,6 +55,7 @@ pub(super) fn cleanup(global: &Global) -> anyhow::Result<u8> {
     let settings = global.settings();
     match block_on(client::status(&settings.socket))? {
         Err(ApiError::NotRunning { .. }) => {}
+        Err(error @ ApiError::Permission { .. }) => return Err(error.into()),
         _ => bail!("an agent is running on {}: use `mesh-agent down`, or stop it first", settings.socket.display()),
     }
     let config = config_file::read(&global.config)?.map(|read| read.config).unwrap_or_default();

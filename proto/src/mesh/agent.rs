@@ -222,6 +222,11 @@ impl Agent {
         self.publisher.claim.map(|claim| claim.addr)
     }
 
+    /// Whether any server hears us now.
+    pub fn has_session(&self) -> bool {
+        !self.connected().is_empty()
+    }
+
     /// Where packets of this peer go now, for a device that has just learned of it.
     pub fn route_of(&self, key: &WgPublicKey) -> Option<&PeerRoute> {
         self.paths.get(key).map(PathAgent::route).or_else(|| self.static_routes.get(key))
@@ -238,8 +243,18 @@ impl Agent {
 
     /// The operator changed the settings; identity and cluster stay.
     pub fn handle_settings(&mut self, settings: Settings, now: Instant) {
-        let servers_changed = settings.servers != self.settings.servers;
+        // Who was denied is unknown by now: a new session brings the whole snapshot.
+        let is_undenied = !settings.deny_nodes.is_superset(&self.settings.deny_nodes);
+        let servers_changed = is_undenied || settings.servers != self.settings.servers;
         self.members.set_denied(settings.deny_nodes.clone());
+        // A static peer whose endpoint was changed starts there anew; the others stay where they were heard last.
+        let kept = |key: &WgPublicKey| {
+            let endpoint = |settings: &Settings| {
+                settings.static_peers.iter().find(|peer| peer.public_key == *key).map(|peer| peer.endpoint)
+            };
+            endpoint(&self.settings) == endpoint(&settings)
+        };
+        self.static_routes.retain(|key, _| kept(key));
         self.settings = settings;
         self.set_own_prefixes(now);
         if servers_changed {
@@ -266,7 +281,6 @@ impl Agent {
         self.applying = false;
         self.failed.clear();
         if failures.is_empty() {
-            self.retry_pause = RETRY_FAILED_STEPS;
             self.retry_at = None;
         } else {
             self.retry_at = Some(now + self.retry_pause);
@@ -410,7 +424,9 @@ impl Agent {
 impl Agent {
     fn take_observed(&mut self, observed: Observed, now: Instant) {
         let addresses = |host: &Observed| -> Vec<_> {
-            host.underlay.iter().map(|link| (link.name.clone(), link.addresses.clone())).collect()
+            // Pods come and go without the network of the host changing.
+            let real = host.underlay.iter().filter(|link| link.virtual_kind.is_none() && !link.addresses.is_empty());
+            real.map(|link| (link.name.clone(), link.addresses.clone())).collect()
         };
         let moved = self.observed.as_ref().is_some_and(|before| addresses(before) != addresses(&observed));
         if self.observed.is_none() && !self.clients.is_empty() && !self.settings.allow_down_peer_bypass {
@@ -461,7 +477,10 @@ impl Agent {
             self.reserve_seq(now);
             return;
         }
-        let is_farewell_done = !is_farewell_due || self.publisher.is_stored_by(&self.connected());
+        // With a session about to come back, the farewell is worth the wait.
+        let connected = self.connected();
+        let is_heard = !connected.is_empty() || self.clients.is_empty();
+        let is_farewell_done = !is_farewell_due || is_heard && self.publisher.is_stored_by(&connected);
         let is_clean = !self.applying && self.retry_at.is_none() && self.due.is_none();
         if is_farewell_done && is_clean {
             self.disconnect_servers();

@@ -231,9 +231,9 @@ impl Members {
         }
         let opened = sealed::open(&self.keys, &self.cluster_id, &frame)?;
         let Opened::Record(record) = opened else {
-            self.members.remove(&node);
-            self.marks.insert(node, frame.seq());
-            return Ok((node, Admission::Left));
+            let is_news = self.members.remove(&node).is_some() || self.marks.get(&node) != Some(&frame.seq());
+            self.mark(node, frame.seq());
+            return Ok((node, if is_news { Admission::Left } else { Admission::Known }));
         };
         // A frame at the mark is the member's own, seen before a restart of ours; a member that is there has that frame.
         if self.members.get(&node).is_some_and(|known| known.frame.seq() >= frame.seq()) {

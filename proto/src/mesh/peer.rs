@@ -93,7 +93,9 @@ impl Surroundings<'_> {
 
     fn peer(&self, node: NodeId, member: &Member, shared: &Shared) -> Peer {
         let record = &member.record;
-        let overlay_v4 = record.overlay_v4.map(|overlay| overlay.addr);
+        // Only the pool is free for the taking: any other address has an owner, announced or not.
+        let in_pool = |addr: &Ipv4Addr| self.settings.overlay_v4_pool.contains(addr);
+        let overlay_v4 = record.overlay_v4.map(|overlay| overlay.addr).filter(in_pool);
         let is_owner = |addr: &Ipv4Addr| shared.v4_owners.get(addr).is_some_and(|claim| claim.node == node);
         let overlay_v4 = overlay_v4.filter(is_owner);
         let announced: BTreeSet<IpNet> = record.prefixes.iter().map(|claim| claim.prefix).collect();
@@ -114,6 +116,10 @@ impl Surroundings<'_> {
         }
         if shared.overlay_space.iter().any(|space| space.contains(&prefix)) {
             return Verdict::OverlaySpace;
+        }
+        // What the operator wrote down for a static peer is not up for announcement.
+        if self.settings.static_peers.iter().any(|peer| peer.allowed_ips.contains(&prefix)) {
+            return Verdict::OwnedBy(self.own);
         }
         match shared.prefix_owners.get(&prefix) {
             Some(claim) if claim.node != node => return Verdict::OwnedBy(claim.node),

@@ -49,6 +49,8 @@ pub enum PathState {
 pub struct PathAgent {
     candidates: Vec<SocketAddr>,
     proven: Option<SocketAddr>,
+    /// The endpoint that was proven last and then fell silent.
+    last_proven: Option<SocketAddr>,
     instance: Option<[u8; 16]>,
     /// The peer restarted since its tunnel was made.
     is_tunnel_stale: bool,
@@ -74,6 +76,7 @@ impl PathAgent {
         Self {
             candidates: Vec::new(),
             proven: None,
+            last_proven: None,
             instance: None,
             is_tunnel_stale: false,
             tunnel_generation: 0,
@@ -158,7 +161,7 @@ impl PathAgent {
         }
         self.attempt = Some(Attempt { retry_at, pause, ..attempt });
         if now.since(attempt.since) >= TRUST {
-            self.proven = None;
+            self.last_proven = self.proven.take().or(self.last_proven);
             self.renew_tunnel();
         }
         self.update_route();
@@ -219,7 +222,9 @@ impl PathAgent {
             proven => {
                 let primary = proven.or(self.route.primary.filter(|at| self.candidates.contains(at)));
                 let primary = primary.or(self.candidates.first().copied());
-                let others = self.candidates.iter().copied().filter(|at| Some(*at) != primary);
+                // Behind a NAT the endpoint that worked may be none that the peer knows of.
+                let unannounced = self.last_proven.filter(|at| !self.candidates.contains(at));
+                let others = self.candidates.iter().copied().chain(unannounced).filter(|at| Some(*at) != primary);
                 PeerRoute { primary, handshake_fan_out: others.collect() }
             }
         };

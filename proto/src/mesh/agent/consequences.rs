@@ -8,7 +8,7 @@ use mesh_common::key::WgPublicKey;
 use mesh_common::limits::{FIRST_SNAPSHOT_WAIT, RECONCILE_INTERVAL};
 use mesh_common::time::Instant;
 
-use super::{Agent, AgentEvent, ORPHAN_FLOOR_WAIT, OwnClaim, is_down};
+use super::{Agent, AgentEvent, ORPHAN_FLOOR_WAIT, OwnClaim, RETRY_FAILED_STEPS, is_down};
 use crate::device::{Desired, Observed, PeerRoute};
 use crate::mesh::desired::Inputs;
 use crate::mesh::peer::{self, Peer, Surroundings};
@@ -45,6 +45,7 @@ impl Agent {
             self.last_steps = None;
         } else if steps.is_empty() {
             self.last_steps = None;
+            self.retry_pause = RETRY_FAILED_STEPS;
         } else {
             self.applying = true;
             self.events.push_back(AgentEvent::Apply(steps));

@@ -157,13 +157,14 @@ impl Agent {
     /// Keeps since when each prefix is announced; new ones since now.
     pub(super) fn set_own_prefixes(&mut self, now: Instant) {
         let since = self.unix_ms(now);
-        let mut prefixes: BTreeSet<IpNet> = self.settings.prefixes.clone();
-        if self.settings.advertise_node_addresses {
-            prefixes.extend(self.host_addresses().map(IpNet::from));
-        }
+        // What is configured comes first: addresses are what a record can do without.
+        let addresses = self.host_addresses().map(IpNet::from).filter(|_| self.settings.advertise_node_addresses);
+        let mut seen = BTreeSet::new();
+        let prefixes = self.settings.prefixes.iter().copied().chain(addresses);
+        let prefixes: Vec<IpNet> = prefixes.filter(|prefix| seen.insert(*prefix)).take(MAX_PREFIXES).collect();
         let before = std::mem::take(&mut self.own_prefixes);
         let with_since = |prefix: IpNet| (prefix, before.get(&prefix).copied().unwrap_or(since));
-        self.own_prefixes = prefixes.into_iter().take(MAX_PREFIXES).map(with_since).collect::<BTreeMap<_, _>>();
+        self.own_prefixes = prefixes.into_iter().map(with_since).collect::<BTreeMap<_, _>>();
     }
 
     fn record(&mut self, now: Instant) -> Record {

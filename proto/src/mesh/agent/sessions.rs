@@ -45,7 +45,10 @@ impl Agent {
                 self.members.unlist(server, &node);
                 self.work_out_at(now + SETTLE);
             }
-            ClientEvent::Stored { seq } => self.publisher.handle_stored(server, seq),
+            ClientEvent::Stored { seq } => {
+                facts.refused = None;
+                self.publisher.handle_stored(server, seq);
+            }
             ClientEvent::Refused(error) => {
                 tracing::warn!(server = %name, %error, "the discovery server refused a request");
                 facts.refused = Some(error);
