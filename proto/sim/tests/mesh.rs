@@ -80,7 +80,7 @@ fn a_seed_is_a_complete_description_of_a_run() {
 
 /// The rules that a sabotaged host breaks within a few seeds.
 fn broken_by(sabotage: Sabotage) -> Vec<Violation> {
-    let runs = (0..6).map(|seed| run(seed, 12, Some(sabotage)));
+    let runs = (0..24).map(|seed| run(seed, 12, Some(sabotage)));
     let violations = runs.flat_map(|outcome| outcome.violations);
     violations.map(|(_, violation)| violation).collect()
 }
