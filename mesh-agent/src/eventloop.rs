@@ -11,12 +11,12 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use mesh_common::config::Config;
 use mesh_common::host_name::HostName;
+use mesh_common::id::ServerId;
 use mesh_common::key::ClusterSecret;
 use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, OwnClaim, Start, StepError};
-use mesh_proto::mesh::members::ServerId;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use zeroize::Zeroizing;
 

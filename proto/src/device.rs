@@ -5,10 +5,12 @@
 //! [`ROUTE_TABLE`](mesh_common::limits::ROUTE_TABLE) and by rule priority, never by guess.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use mesh_common::id::ServerId;
 use mesh_common::key::{PresharedKey, WgPublicKey};
 use mesh_common::time::Instant;
 
@@ -151,13 +153,52 @@ pub enum Action {
     RemoveMssClamp,
 }
 
+/// The far end of a path: where datagrams for a peer go, and where its datagrams come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Endpoint {
+    /// A UDP address, from the main socket pair.
+    Direct(SocketAddr),
+    /// The peer itself, behind this discovery server.
+    Relay(ServerId),
+}
+
+impl Endpoint {
+    pub fn direct(self) -> Option<SocketAddr> {
+        match self {
+            Self::Direct(at) => Some(at),
+            Self::Relay(_) => None,
+        }
+    }
+
+    pub fn is_relay(self) -> bool {
+        matches!(self, Self::Relay(_))
+    }
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(at: SocketAddr) -> Self {
+        Self::Direct(at)
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Direct(at) => at.fmt(f),
+            Self::Relay(server) => write!(f, "relay {}", server.0),
+        }
+    }
+}
+
 /// Where the packets of a peer go.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PeerRoute {
     /// Data and handshakes go here.
-    pub primary: Option<SocketAddr>,
+    pub primary: Option<Endpoint>,
+    /// Data goes here as well, while it is not sure that the primary carries: the replay window drops the second copy.
+    pub second: Option<Endpoint>,
     /// Handshake initiations go to these too, while no path is known to work.
-    pub handshake_fan_out: Vec<SocketAddr>,
+    pub handshake_fan_out: Vec<Endpoint>,
 }
 
 /// What the device saw of one peer.
@@ -166,9 +207,20 @@ pub enum PeerReport {
     /// Packets want to go there and no session carries them.
     Demand,
     /// A handshake completed with this endpoint.
-    Handshake { endpoint: SocketAddr },
+    Handshake { endpoint: Endpoint },
     /// Authentic traffic came from an endpoint that is not the primary.
-    Roamed { endpoint: SocketAddr },
+    Roamed { endpoint: Endpoint },
+    /// Transport datagrams since the last such report, by path; at most four times a second and only if there were any.
+    Traffic(Vec<PathTraffic>),
+}
+
+/// Transport datagrams over one path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathTraffic {
+    pub endpoint: Endpoint,
+    pub sent: u64,
+    /// Authentic ones; a second copy of a datagram counts nowhere.
+    pub received: u64,
 }
 
 /// Counters of one peer since its tunnel was made.

@@ -1,10 +1,10 @@
 //! The control thread's part of moving datagrams: handshakes and timers.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_common::time::Instant;
+use mesh_proto::device::Endpoint;
 use mesh_proto::wg::{DropReason, MIN_BUFFER, OVERHEAD, Opened, Tunnel};
 use mesh_proto::wire::demux::{Datagram, WireGuardKind, classify};
 
@@ -12,7 +12,7 @@ use super::drops::Drop;
 use super::inbound::flush;
 use super::index;
 use super::io::{DatagramSocket, MAX_PACKET, Packed, PacketDevice};
-use super::peer::Peer;
+use super::peer::{Peer, limited_as};
 use super::shared::{HandshakeMessage, Shared};
 use super::table::PeerTable;
 use super::tunnel::{Refused, TunnelFactory};
@@ -22,7 +22,7 @@ const OUT_BYTES: usize = 8 * (MAX_PACKET + 1);
 
 /// Sends what control itself sends. It never waits for the kernel: the event loop runs on this thread.
 pub(super) struct Outbox {
-    datagrams: Packed<SocketAddr>,
+    datagrams: Packed<Endpoint>,
 }
 
 impl Outbox {
@@ -114,7 +114,7 @@ impl Outbox {
         let bytes = &message.bytes;
         if matches!(message.kind, WireGuardKind::Initiation | WireGuardKind::Response) {
             let spare = self.datagrams.spare(MIN_BUFFER).ok_or(Drop::HandshakeUnderLoad)?;
-            match factory.admit(bytes, message.source.ip(), spare) {
+            match factory.admit(bytes, limited_as(message.source), spare) {
                 Ok(()) => {}
                 Err(Refused::Invalid) => return Err(Drop::HandshakeInvalid),
                 Err(Refused::UnderLoad(cookie)) => {
@@ -151,7 +151,7 @@ impl Outbox {
         let source = message.source;
         let spare = self.datagrams.spare(MIN_BUFFER).ok_or(Drop::HandshakeUnderLoad)?;
         let mut tunnel = peer.tunnel();
-        match tunnel.open(&message.bytes, source.ip(), spare, now) {
+        match tunnel.open(&message.bytes, limited_as(source), spare, now) {
             Opened::Reply(reply) => {
                 let len = reply.len();
                 self.datagrams.push(len, source);

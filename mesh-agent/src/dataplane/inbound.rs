@@ -2,10 +2,10 @@
 //!
 //! Only transport data is opened here. Handshake messages go to control over a bounded queue.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_common::time::Instant;
+use mesh_proto::device::Endpoint;
 use mesh_proto::wg::{DropReason, MIN_BUFFER, OVERHEAD, Opened, Tunnel};
 use mesh_proto::wire::demux::{Datagram, WireGuardKind, classify};
 
@@ -13,7 +13,7 @@ use super::drops::Drop;
 use super::index;
 use super::inner::Inner;
 use super::io::{DatagramSocket, MAX_BATCH, MAX_PACKET, Packed, PacketDevice, Received};
-use super::peer::Peer;
+use super::peer::{Peer, limited_as};
 use super::shared::{Shared, Snapshot};
 
 /// Pause after the socket failed, so that a lasting failure does not take a core.
@@ -44,7 +44,7 @@ where
 struct Batch {
     received: Received,
     opened: Packed<()>,
-    flushed: Packed<SocketAddr>,
+    flushed: Packed<Endpoint>,
     /// (slot of the peer, position in `received`), sorted: all datagrams of a peer in the order they came.
     order: Vec<(u32, u32)>,
 }
@@ -72,6 +72,7 @@ impl Batch {
         self.flushed.clear();
         for group in self.order.chunk_by(|a, b| a.0 == b.0) {
             let datagrams = group.iter().map(|(_, at)| self.received.get(*at as usize));
+            let datagrams = datagrams.map(|(datagram, source)| (datagram, Endpoint::from(source)));
             let place = (&**snapshot, group[0].0);
             open_all(shared, place, datagrams, &mut self.opened, &mut self.flushed, now);
         }
@@ -98,7 +99,7 @@ impl Batch {
                     }
                 }
                 Datagram::WireGuard(kind) => {
-                    if !shared.control.queue_handshake(kind, source, datagram) {
+                    if !shared.control.queue_handshake(kind, source.into(), datagram) {
                         shared.drops.count(Drop::HandshakeQueueFull);
                     }
                 }
@@ -114,9 +115,9 @@ impl Batch {
 fn open_all<'d, T, D, S>(
     shared: &Shared<T, D, S>,
     (snapshot, slot): (&Snapshot<T>, u32),
-    datagrams: impl Iterator<Item = (&'d [u8], SocketAddr)>,
+    datagrams: impl Iterator<Item = (&'d [u8], Endpoint)>,
     opened: &mut Packed<()>,
-    flushed: &mut Packed<SocketAddr>,
+    flushed: &mut Packed<Endpoint>,
     now: Instant,
 ) where
     T: Tunnel + 'static,
@@ -132,7 +133,7 @@ fn open_all<'d, T, D, S>(
             shared.drops.count(Drop::InNotDelivered);
             continue;
         };
-        match tunnel.open(datagram, source.ip(), spare, now) {
+        match tunnel.open(datagram, limited_as(source), spare, now) {
             Opened::Packet(packet) => {
                 authentic = Some(source);
                 let len = packet.len();
@@ -175,8 +176,8 @@ fn open_all<'d, T, D, S>(
 pub(super) fn flush<T: Tunnel>(
     tunnel: &mut T,
     peer: &Peer<T>,
-    target: SocketAddr,
-    flushed: &mut Packed<SocketAddr>,
+    target: Endpoint,
+    flushed: &mut Packed<Endpoint>,
     now: Instant,
 ) {
     let (mut packets, mut bytes) = (0, 0);

@@ -9,6 +9,8 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use mesh_proto::device::Endpoint;
+
 /// Packets or datagrams in one batch.
 pub const MAX_BATCH: usize = 64;
 /// The largest inner packet and the largest datagram.
@@ -33,8 +35,8 @@ pub trait DatagramSocket: Send + Sync + 'static {
     /// Takes what has arrived, at most a batch, in place of what `batch` held.
     fn receive(&self, batch: &mut Received) -> io::Result<()>;
 
-    /// Sends all datagrams and says how many left. Waits up to `patience` for a full send buffer.
-    fn send(&self, batch: &Packed<SocketAddr>, patience: Duration) -> usize;
+    /// Sends all datagrams with a UDP address and says how many left. Waits up to `patience` for a full send buffer.
+    fn send(&self, batch: &Packed<Endpoint>, patience: Duration) -> usize;
 }
 
 /// A batch that grows by appending into one block: packets, or datagrams with their destination.

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use mesh_proto::device::Endpoint;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
@@ -135,8 +136,8 @@ impl DatagramSocket for MemorySocket {
         Ok(())
     }
 
-    fn send(&self, batch: &Packed<SocketAddr>, _patience: Duration) -> usize {
-        batch.iter().for_each(|(datagram, to)| self.net.inject(self.address, to, datagram));
-        batch.len()
+    fn send(&self, batch: &Packed<Endpoint>, _patience: Duration) -> usize {
+        let direct = batch.iter().filter_map(|(datagram, to)| Some((datagram, to.direct()?)));
+        direct.map(|(datagram, to)| self.net.inject(self.address, to, datagram)).count()
     }
 }

@@ -3,11 +3,11 @@
 //! Packets are read until the device has no more or the batch is full, so batches form under load and a lone packet never
 //! waits. They leave in the order they came, per peer.
 
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use mesh_common::time::Instant;
+use mesh_proto::device::Endpoint;
 use mesh_proto::wg::{MIN_BUFFER, OVERHEAD, Sealed, Tunnel};
 
 use super::drops::Drop;
@@ -46,7 +46,7 @@ where
 
 struct Batch {
     packets: Packed<()>,
-    sealed: Packed<SocketAddr>,
+    sealed: Packed<Endpoint>,
     /// (slot of the peer, position in `packets`), sorted: all packets of a peer in the order they came.
     order: Vec<(u32, u32)>,
 }
@@ -103,7 +103,7 @@ fn seal_all<'p, T, D, S>(
     shared: &Shared<T, D, S>,
     peer: &Arc<Peer<T>>,
     packets: impl Iterator<Item = &'p [u8]>,
-    sealed: &mut Packed<SocketAddr>,
+    sealed: &mut Packed<Endpoint>,
     now: Instant,
 ) where
     T: Tunnel + 'static,

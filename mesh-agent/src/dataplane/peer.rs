@@ -1,7 +1,7 @@
 //! One peer as the threads see it: its tunnel behind a lock, where its packets go, and what control should hear of it.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
-use mesh_proto::device::{PeerCounters, PeerReport, PeerRoute};
+use mesh_proto::device::{Endpoint, PeerCounters, PeerReport, PeerRoute};
 use mesh_proto::wg::Tunnel;
 
 /// Demand and roaming are reported at most this often a peer.
@@ -31,25 +31,34 @@ pub(super) struct Peer<T> {
     reports: Mutex<Reports>,
 }
 
+/// The address that a source counts as where handshakes are limited by address: relayed ones have one of the discard
+/// prefix (RFC 6666) for each relay.
+pub(super) fn limited_as(source: Endpoint) -> IpAddr {
+    match source {
+        Endpoint::Direct(at) => at.ip(),
+        Endpoint::Relay(server) => Ipv6Addr::from_bits((0x100 << 112) | server.0 as u128).into(),
+    }
+}
+
 /// Where datagrams to a peer go.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Path {
     pub(super) route: PeerRoute,
     /// Where the last handshake completed.
-    pub(super) proven: Option<SocketAddr>,
+    pub(super) proven: Option<Endpoint>,
 }
 
 impl Path {
     /// While control still fans out, it knows no path that works: then what a handshake has proven is better than its
     /// guess, and answers to a new peer do not wait until control has chosen.
-    pub(super) fn data_target(&self) -> Option<SocketAddr> {
+    pub(super) fn data_target(&self) -> Option<Endpoint> {
         match self.route.primary {
             Some(primary) if self.route.handshake_fan_out.is_empty() => Some(primary),
             guess => self.proven.or(guess),
         }
     }
 
-    pub(super) fn handshake_targets(&self) -> BTreeSet<SocketAddr> {
+    pub(super) fn handshake_targets(&self) -> BTreeSet<Endpoint> {
         let known = self.route.primary.into_iter().chain(self.proven);
         known.chain(self.route.handshake_fan_out.iter().copied()).collect()
     }
@@ -116,12 +125,12 @@ impl Moment {
 #[derive(Debug, Default)]
 struct Reports {
     demand: bool,
-    handshake: Option<SocketAddr>,
-    roamed: Option<SocketAddr>,
+    handshake: Option<Endpoint>,
+    roamed: Option<Endpoint>,
     /// The peer stands in control's list.
     listed: bool,
     demand_at: Option<Instant>,
-    roamed_at: Option<(SocketAddr, Instant)>,
+    roamed_at: Option<(Endpoint, Instant)>,
 }
 
 impl<T: Tunnel> Peer<T> {
@@ -206,7 +215,7 @@ impl<T: Tunnel> Peer<T> {
 
     /// Notes a handshake that the tunnel completed since the last look, with the source that completed it. Like the other
     /// `note_*` it returns true when the peer must be put on control's list.
-    pub(super) fn note_handshake(&self, tunnel: &T, source: SocketAddr, now: Instant) -> bool {
+    pub(super) fn note_handshake(&self, tunnel: &T, source: Endpoint, now: Instant) -> bool {
         let Some(age) = tunnel.since_handshake(now) else { return false };
         let at = Instant::from_origin(now.since_origin().saturating_sub(age));
         if !self.counters.last_handshake.advance(at) {
@@ -221,7 +230,7 @@ impl<T: Tunnel> Peer<T> {
     }
 
     /// Notes authentic data from elsewhere than where ours goes.
-    pub(super) fn note_source(&self, source: SocketAddr, now: Instant) -> bool {
+    pub(super) fn note_source(&self, source: Endpoint, now: Instant) -> bool {
         if self.path().data_target() == Some(source) {
             return false;
         }

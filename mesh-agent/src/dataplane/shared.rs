@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,6 +10,7 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh_common::allowed_ips::AllowedIps;
 use mesh_common::time::Instant;
+use mesh_proto::device::Endpoint;
 use mesh_proto::wg::Tunnel;
 use mesh_proto::wire::demux::WireGuardKind;
 use nix::errno::Errno;
@@ -85,11 +85,11 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
     }
 
     /// Sends from a data thread, which may wait for the kernel.
-    pub(super) fn send(&self, batch: &Packed<SocketAddr>) {
+    pub(super) fn send(&self, batch: &Packed<Endpoint>) {
         self.send_within(batch, SEND_PATIENCE);
     }
 
-    pub(super) fn send_within(&self, batch: &Packed<SocketAddr>, patience: Duration) {
+    pub(super) fn send_within(&self, batch: &Packed<Endpoint>, patience: Duration) {
         if !batch.is_empty() {
             let sent = self.socket.send(batch, patience);
             self.drops.add(Drop::OutNotSent, batch.len().saturating_sub(sent));
@@ -127,7 +127,7 @@ pub(super) struct Control<T> {
 #[derive(Debug)]
 pub(super) struct HandshakeMessage {
     pub(super) kind: WireGuardKind,
-    pub(super) source: SocketAddr,
+    pub(super) source: Endpoint,
     /// At most the 148 bytes of an initiation: their lengths are fixed.
     pub(super) bytes: Box<[u8]>,
 }
@@ -140,7 +140,7 @@ impl<T> Default for Control<T> {
 
 impl<T> Control<T> {
     /// False when the queue is full.
-    pub(super) fn queue_handshake(&self, kind: WireGuardKind, source: SocketAddr, datagram: &[u8]) -> bool {
+    pub(super) fn queue_handshake(&self, kind: WireGuardKind, source: Endpoint, datagram: &[u8]) -> bool {
         let mut queue = self.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.len() >= CONTROL_QUEUE {
             return false;

@@ -13,6 +13,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use mesh_proto::device::Endpoint;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -130,11 +131,12 @@ impl DatagramSocket for UdpSockets {
         Ok(())
     }
 
-    fn send(&self, batch: &Packed<SocketAddr>, patience: Duration) -> usize {
+    fn send(&self, batch: &Packed<Endpoint>, patience: Duration) -> usize {
         let mut sent = 0;
         let families = [(&self.v4, true), (&self.v6, false)];
         for (socket, is_v4) in families {
-            let mut datagrams = batch.iter().filter(|(_, to)| to.is_ipv4() == is_v4);
+            let direct = batch.iter().filter_map(|(bytes, to)| Some((bytes, to.direct()?)));
+            let mut datagrams = direct.filter(|(_, to)| to.is_ipv4() == is_v4);
             let Some(socket) = socket else { continue };
             while let count @ 1.. = send_some(socket, &mut datagrams, patience, &mut sent) {
                 if count < MAX_BATCH {
@@ -302,7 +304,7 @@ mod tests {
         for n in 0..count {
             let len = 1 + n * 17;
             batch.spare(len).unwrap().fill(n as u8);
-            batch.push(len, targets[n % 2]);
+            batch.push(len, Endpoint::from(targets[n % 2]));
         }
         assert_eq!(a.send(&batch, Duration::from_secs(1)), count);
         let got = receive(&b, count);
@@ -311,7 +313,11 @@ mod tests {
                 all.filter(|(_, address)| address.is_ipv4() == family).map(|(bytes, _)| bytes.len()).collect()
             };
             let received = lens(&mut got.iter().map(|(bytes, source)| (&**bytes, *source)));
-            assert_eq!(received, lens(&mut batch.iter()), "IPv4: {family}");
+            assert_eq!(
+                received,
+                lens(&mut batch.iter().filter_map(|(bytes, to)| Some((bytes, to.direct()?)))),
+                "IPv4: {family}"
+            );
         }
         assert!(got.iter().all(|(bytes, source)| bytes.iter().all(|b| *b == bytes[0]) && source.port() == a.port()));
     }
@@ -323,7 +329,7 @@ mod tests {
         let mut batch = Packed::new(1 << 18);
         for len in [10, 65_535, 20] {
             batch.spare(len).unwrap().fill(1);
-            batch.push(len, target);
+            batch.push(len, Endpoint::from(target));
         }
         assert_eq!(a.send(&batch, Duration::from_secs(1)), 2, "65535 bytes are no datagram");
         let lens: Vec<_> = receive(&b, 2).iter().map(|(bytes, _)| bytes.len()).collect();

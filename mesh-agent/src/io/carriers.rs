@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mesh_proto::mesh::members::ServerId;
+use mesh_common::id::ServerId;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 

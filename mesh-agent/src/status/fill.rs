@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use mesh_common::config::{Config, SecretSource};
+use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
-use mesh_proto::device::PeerCounters;
+use mesh_proto::device::{Endpoint, PeerCounters};
 use mesh_proto::discovery::client::ClientState;
 use mesh_proto::mesh::agent::{PeerView, ServerView, View};
-use mesh_proto::mesh::members::ServerId;
 use mesh_proto::mesh::peer::Verdict;
 use mesh_proto::path::agent::PathState;
 
@@ -204,7 +204,7 @@ fn peer_status(peer: &PeerView, facts: &Facts<'_>) -> PeerStatus {
         public_key: peer.key.to_string(),
         overlay_v4: peer.overlay_v4,
         overlay_v6: peer.overlay_v6,
-        endpoint: peer.endpoint,
+        endpoint: peer.endpoint.and_then(Endpoint::direct),
         candidates: peer.candidates.clone(),
         prefixes: peer.prefixes.iter().map(|(prefix, verdict)| prefix_status(*prefix, verdict)).collect(),
         last_handshake_ms_ago: counters.last_handshake.map(ago),

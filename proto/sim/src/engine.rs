@@ -4,13 +4,13 @@
 //! of the route, checks the inner source before it delivers, and reports demand, handshakes and roaming.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use bytes::Bytes;
 use mesh_common::allowed_ips::AllowedIps;
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
-use mesh_proto::device::{PeerReport, PeerRoute, PeerSpec};
+use mesh_proto::device::{Endpoint, PeerReport, PeerRoute, PeerSpec};
 use mesh_proto::random::SplitMix64;
 use mesh_proto::wg::{Opened, Sealed, Tunnel};
 
@@ -19,11 +19,13 @@ use crate::tunnel::{ModelTunnel, receiver_index, sender_key};
 
 /// Room for every packet of the simulation and for a handshake.
 const BUFFER: usize = 256;
+/// The model tunnel limits nobody by address.
+const UNLIMITED: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 
 /// What the engine wants done or known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output {
-    Send(SocketAddr, Bytes),
+    Send(Endpoint, Bytes),
     Report(WgPublicKey, PeerReport),
     /// An inner packet of this peer that passed the source check.
     Deliver(WgPublicKey, Vec<u8>),
@@ -133,7 +135,7 @@ impl Engine {
     }
 
     /// A packet that the kernel routed to the mesh link. False when no peer takes it.
-    pub fn send(&mut self, packet: &[u8], destination: std::net::IpAddr, now: Instant) -> bool {
+    pub fn send(&mut self, packet: &[u8], destination: IpAddr, now: Instant) -> bool {
         let peers = &self.peers;
         let table = self.allowed_ips.get_or_insert_with(|| {
             let entries = peers.iter().flat_map(|(key, peer)| {
@@ -165,7 +167,7 @@ impl Engine {
         true
     }
 
-    pub fn receive(&mut self, datagram: &[u8], source: SocketAddr, now: Instant) {
+    pub fn receive(&mut self, datagram: &[u8], source: Endpoint, now: Instant) {
         let key = match receiver_index(datagram) {
             Some(index) => self.by_index.get(&(index >> 8)).copied(),
             None => sender_key(datagram),
@@ -176,7 +178,7 @@ impl Engine {
         };
         let mut buffer = [0; BUFFER];
         let before = peer.tunnel.since_handshake(now);
-        let opened = peer.tunnel.open(datagram, source.ip(), &mut buffer, now);
+        let opened = peer.tunnel.open(datagram, UNLIMITED, &mut buffer, now);
         let mut is_data = false;
         let mut output = None;
         match opened {
@@ -247,7 +249,7 @@ impl Engine {
         allowed || self.delivers_foreign_sources
     }
 
-    fn flush(&mut self, key: &WgPublicKey, endpoint: SocketAddr, now: Instant) {
+    fn flush(&mut self, key: &WgPublicKey, endpoint: Endpoint, now: Instant) {
         let mut buffer = [0; BUFFER];
         let Some(peer) = self.peers.get_mut(key) else {
             return;
@@ -258,7 +260,7 @@ impl Engine {
         }
     }
 
-    fn primary(&self, key: &WgPublicKey) -> Option<SocketAddr> {
+    fn primary(&self, key: &WgPublicKey) -> Option<Endpoint> {
         self.routes.get(key).and_then(|route| route.primary)
     }
 

@@ -4,17 +4,16 @@
 //! time or crosses the network is an [`Effect`] for the world.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bytes::Bytes;
 use ipnet::IpNet;
 use mesh_common::addr;
-use mesh_common::id::NodeId;
+use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ClusterKeys, SignKey, WgPublicKey, WgSecret};
 use mesh_common::time::Instant;
-use mesh_proto::device::{Action, UnderlayLink};
+use mesh_proto::device::{Action, Endpoint, UnderlayLink};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, OwnClaim, Start, StepError};
-use mesh_proto::mesh::members::ServerId;
 use mesh_proto::mesh::settings::Settings;
 use mesh_proto::random::SplitMix64;
 
@@ -71,7 +70,7 @@ pub enum Effect {
     Reserved(u64),
     /// Steps to carry out a moment later.
     Apply(Vec<Action>),
-    Send(SocketAddr, Bytes),
+    Send(Endpoint, Bytes),
     Deliver(WgPublicKey, Vec<u8>),
     MembersChanged,
     /// The agent said farewell and cleaned up: it is to be dropped.

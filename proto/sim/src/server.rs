@@ -5,11 +5,10 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
-use mesh_common::id::NodeId;
+use mesh_common::id::{NodeId, ServerId};
 use mesh_common::limits::{MAX_CONNECTIONS, MAX_NAMESPACES, MAX_SLOTS_PER_NAMESPACE, SLOT_TTL};
 use mesh_common::time::Instant;
 use mesh_proto::discovery::server::{Server, ServerConfig};
-use mesh_proto::mesh::members::ServerId;
 use mesh_proto::random::SplitMix64;
 use mesh_proto::wire::frame::Frame;
 use mesh_proto::wire::session::ServerMessage;

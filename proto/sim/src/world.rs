@@ -5,10 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use bytes::Bytes;
+use mesh_common::id::ServerId;
 use mesh_common::time::Instant;
 use mesh_proto::device::Action;
 use mesh_proto::discovery::server::{ConnId, ServerEvent};
-use mesh_proto::mesh::members::ServerId;
 use mesh_proto::random::SplitMix64;
 
 use crate::clock::Clock;
@@ -279,7 +279,11 @@ impl World {
                 let delay = self.pause(1, 15);
                 self.clock.after(delay, Event::Apply { host, run, actions, members });
             }
-            Effect::Send(to, datagram) => self.send_datagram(host, to, datagram),
+            Effect::Send(to, datagram) => {
+                if let Some(to) = to.direct() {
+                    self.send_datagram(host, to, datagram);
+                }
+            }
             Effect::Deliver(key, packet) => {
                 if let Some(packet) = Packet::decode(&packet) {
                     self.deliver(host, &key, packet);
@@ -339,7 +343,7 @@ impl World {
         if host.agent.is_none() || !host.kernel.accepts(&link, from.ip()) {
             return;
         }
-        host.engine.receive(bytes, from, now);
+        host.engine.receive(bytes, from.into(), now);
         self.touch(to);
     }
 

@@ -250,7 +250,7 @@ fn a_down_peer_loses_its_routes_but_for_those_that_hold_an_endpoint() {
     assert!(bench.has_route("203.0.113.1/32", dev));
     assert!(bench.kernel.accepts("eth0", "203.0.113.1".parse().unwrap()), "its answer gets through");
     let endpoint: SocketAddr = "203.0.113.1:51872".parse().unwrap();
-    bench.agent.handle_peer_report(&peer_key(1), &PeerReport::Handshake { endpoint }, bench.now);
+    bench.agent.handle_peer_report(&peer_key(1), &PeerReport::Handshake { endpoint: endpoint.into() }, bench.now);
     bench.drain();
     bench.run_until(bench.now + Duration::from_secs(1));
     assert!(bench.has_route("10.1.0.0/16", dev));

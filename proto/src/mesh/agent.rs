@@ -10,14 +10,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use ipnet::IpNet;
 use mesh_common::addr;
-use mesh_common::id::NodeId;
+use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey};
 use mesh_common::limits::RECONCILE_INTERVAL;
 use mesh_common::time::Instant;
 
 use crate::device::{Action, Observed, PeerReport, PeerRoute, Route, RouteKind};
 use crate::discovery::client::Client;
-use crate::mesh::members::{Members, ServerId};
+use crate::mesh::members::Members;
 use crate::mesh::peer::Peer;
 use crate::mesh::settings::Settings;
 use crate::path::agent::{PathAgent, PathEvent, PathState};
@@ -320,7 +320,7 @@ impl Agent {
         } else if let (Some(route), PeerReport::Handshake { endpoint } | PeerReport::Roamed { endpoint }) =
             (self.static_routes.get_mut(peer), report)
         {
-            let moved = PeerRoute { primary: Some(*endpoint), handshake_fan_out: Vec::new() };
+            let moved = PeerRoute { primary: Some(*endpoint), ..PeerRoute::default() };
             if *route != moved {
                 *route = moved.clone();
                 self.events.push_back(AgentEvent::SetRoute(*peer, moved));

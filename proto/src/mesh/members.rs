@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use mesh_common::id::NodeId;
+use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ClusterKeys, WgPublicKey};
 use mesh_common::limits::{INCUMBENT_LIVE, MAX_MEMBERS};
 use mesh_common::time::Instant;
@@ -15,10 +15,6 @@ use mesh_common::time::Instant;
 use crate::sealed::{self, OpenError, Opened};
 use crate::wire::frame::{Frame, ParseFrameError};
 use crate::wire::record::Record;
-
-/// A server of the configuration, by its place there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ServerId(pub usize);
 
 #[derive(Debug, Clone)]
 pub struct Member {

@@ -6,13 +6,12 @@
 //! endpoint stays until distress: unanswered demand, a changed network, or authentic traffic from elsewhere.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_common::limits::{MAX_CANDIDATES, PEER_DOWN_AFTER, PEER_RETRY_MAX, REJECT_AFTER_TIME, REKEY_TIMEOUT};
 use mesh_common::time::Instant;
 
-use crate::device::{PeerReport, PeerRoute};
+use crate::device::{Endpoint, PeerReport, PeerRoute};
 use crate::random::SplitMix64;
 
 /// The first retry of an unanswered handshake. WireGuard's own retry is 5 s, too slow for a peer that learns of us a
@@ -37,7 +36,7 @@ pub enum PathState {
         since: Instant,
     },
     Up {
-        endpoint: SocketAddr,
+        endpoint: Endpoint,
     },
     /// Wanted since then in vain.
     Down {
@@ -47,10 +46,10 @@ pub enum PathState {
 
 #[derive(Debug)]
 pub struct PathAgent {
-    candidates: Vec<SocketAddr>,
-    proven: Option<SocketAddr>,
+    candidates: Vec<Endpoint>,
+    proven: Option<Endpoint>,
     /// The endpoint that was proven last and then fell silent.
-    last_proven: Option<SocketAddr>,
+    last_proven: Option<Endpoint>,
     instance: Option<[u8; 16]>,
     /// The peer restarted since its tunnel was made.
     is_tunnel_stale: bool,
@@ -89,7 +88,7 @@ impl PathAgent {
     }
 
     /// The peer's newest candidates, best first. A proven endpoint outlives its place in the list.
-    pub fn handle_candidates(&mut self, candidates: &[SocketAddr]) {
+    pub fn handle_candidates(&mut self, candidates: &[Endpoint]) {
         self.candidates = candidates.iter().copied().take(MAX_CANDIDATES).collect();
         self.update_route();
     }
@@ -127,6 +126,7 @@ impl PathAgent {
                 self.attempt = None;
             }
             PeerReport::Roamed { endpoint } => self.proven = Some(*endpoint),
+            PeerReport::Traffic(_) => {}
         }
         self.update_route();
     }
@@ -179,7 +179,7 @@ impl PathAgent {
         }
     }
 
-    pub fn candidates(&self) -> &[SocketAddr] {
+    pub fn candidates(&self) -> &[Endpoint] {
         &self.candidates
     }
 
@@ -209,23 +209,21 @@ impl PathAgent {
         }
     }
 
-    fn live_endpoint(&self, now: Instant) -> Option<SocketAddr> {
+    fn live_endpoint(&self, now: Instant) -> Option<Endpoint> {
         let at = self.last_handshake?;
         (now.since(at) < REJECT_AFTER_TIME).then_some(self.proven).flatten()
     }
 
     fn update_route(&mut self) {
         let route = match self.proven {
-            Some(endpoint) if self.attempt.is_none() => {
-                PeerRoute { primary: Some(endpoint), handshake_fan_out: Vec::new() }
-            }
+            Some(endpoint) if self.attempt.is_none() => PeerRoute { primary: Some(endpoint), ..PeerRoute::default() },
             proven => {
                 let primary = proven.or(self.route.primary.filter(|at| self.candidates.contains(at)));
                 let primary = primary.or(self.candidates.first().copied());
                 // Behind a NAT the endpoint that worked may be none that the peer knows of.
                 let unannounced = self.last_proven.filter(|at| !self.candidates.contains(at));
                 let others = self.candidates.iter().copied().chain(unannounced).filter(|at| Some(*at) != primary);
-                PeerRoute { primary, handshake_fan_out: others.collect() }
+                PeerRoute { primary, second: None, handshake_fan_out: others.collect() }
             }
         };
         if route != self.route {
@@ -243,8 +241,8 @@ mod tests {
         Instant::from_origin(Duration::from_millis(millis))
     }
 
-    fn addr(port: u16) -> SocketAddr {
-        SocketAddr::from(([192, 0, 2, 1], port))
+    fn addr(port: u16) -> Endpoint {
+        Endpoint::Direct(([192, 0, 2, 1], port).into())
     }
 
     fn agent(ports: &[u16]) -> PathAgent {
@@ -270,7 +268,8 @@ mod tests {
     #[test]
     fn unproven_handshakes_go_to_every_candidate() {
         let mut agent = agent(&[1, 2, 3]);
-        let route = PeerRoute { primary: Some(addr(1)), handshake_fan_out: vec![addr(2), addr(3)] };
+        let handshake_fan_out = vec![addr(2), addr(3)];
+        let route = PeerRoute { primary: Some(addr(1)), second: None, handshake_fan_out };
         assert_eq!(drain(&mut agent), [PathEvent::Route(route)]);
         assert_eq!(agent.state(at(0)), PathState::Idle);
         assert_eq!(agent.poll_timeout(), None, "an idle peer costs nothing");
@@ -282,7 +281,7 @@ mod tests {
         agent.handle_report(&PeerReport::Demand, at(0));
         assert_eq!(agent.state(at(5)), PathState::Connecting { since: at(0) });
         agent.handle_report(&PeerReport::Handshake { endpoint: addr(2) }, at(30));
-        let route = PeerRoute { primary: Some(addr(2)), handshake_fan_out: Vec::new() };
+        let route = PeerRoute { primary: Some(addr(2)), ..PeerRoute::default() };
         assert_eq!(drain(&mut agent).last(), Some(&PathEvent::Route(route)));
         assert_eq!(agent.state(at(31)), PathState::Up { endpoint: addr(2) });
         assert_eq!(agent.state(at(30) + REJECT_AFTER_TIME), PathState::Idle);

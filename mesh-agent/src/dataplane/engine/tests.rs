@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Instant as RealInstant;
 
 use mesh_common::key::{PresharedKey, WgSecret};
+use mesh_proto::device::Endpoint;
 use mesh_proto::wire::demux::PROBE;
 
 use super::*;
@@ -43,7 +44,8 @@ impl Node {
     }
 
     fn route(&mut self, peer: &Self, primary: Option<SocketAddr>, fan_out: &[SocketAddr]) {
-        let route = PeerRoute { primary, handshake_fan_out: fan_out.to_vec() };
+        let handshake_fan_out = fan_out.iter().copied().map(Endpoint::from).collect();
+        let route = PeerRoute { primary: primary.map(Endpoint::from), second: None, handshake_fan_out };
         self.engine.set_route(&peer.key, &route);
     }
 
@@ -154,8 +156,8 @@ fn reports_tell_demand_at_once_and_where_the_handshake_was() {
     connect(&mut nodes);
     let [a, b] = &nodes;
     assert_eq!(a.reports[0], (b.key, PeerReport::Demand));
-    assert!(a.reports.contains(&(b.key, PeerReport::Handshake { endpoint: b.endpoint })), "{:?}", a.reports);
-    assert_eq!(b.reports, [(a.key, PeerReport::Handshake { endpoint: a.endpoint })]);
+    assert!(a.reports.contains(&(b.key, PeerReport::Handshake { endpoint: b.endpoint.into() })), "{:?}", a.reports);
+    assert_eq!(b.reports, [(a.key, PeerReport::Handshake { endpoint: a.endpoint.into() })]);
 }
 
 #[test]
@@ -199,7 +201,7 @@ fn an_initiation_reaches_the_second_endpoint_when_the_first_is_dead_and_answers_
     nodes[1].host.send(&back);
     expect_packet(&mut nodes, 0, &back, "and so does the answer");
     let [a, b] = &nodes;
-    assert!(a.reports.contains(&(b.key, PeerReport::Handshake { endpoint: b.endpoint })));
+    assert!(a.reports.contains(&(b.key, PeerReport::Handshake { endpoint: b.endpoint.into() })));
 }
 
 #[test]
@@ -271,7 +273,7 @@ fn a_tunnel_made_anew_greets_a_peer_that_still_has_a_session_with_the_old_one() 
     b.reports.clear();
     let (from, key) = (a.endpoint, a.key);
     until(&mut nodes, "a handshake that nobody's packet asked for", |nodes| {
-        nodes[1].reports.contains(&(key, PeerReport::Handshake { endpoint: from }))
+        nodes[1].reports.contains(&(key, PeerReport::Handshake { endpoint: from.into() }))
     });
     let back = packet("10.0.0.2", "10.0.0.1", 8, 60);
     nodes[1].host.send(&back);
@@ -398,7 +400,7 @@ fn roaming_is_reported_and_changed_or_repeated_data_is_dropped() {
     expect_packet(&mut nodes, 1, &packet("10.0.0.1", "10.0.0.2", 1, 60), "it is accepted from anywhere");
     until(&mut nodes, "roaming is told", |nodes| !nodes[1].reports.is_empty());
     let a = nodes[0].key;
-    assert_eq!(nodes[1].reports, [(a, PeerReport::Roamed { endpoint: elsewhere })]);
+    assert_eq!(nodes[1].reports, [(a, PeerReport::Roamed { endpoint: elsewhere.into() })]);
     let mut changed = datagram.clone();
     changed[20] ^= 1;
     changed[8] ^= 0x40;
@@ -417,10 +419,10 @@ fn timers_repeat_an_initiation_that_got_lost_and_idle_peers_are_left_alone() {
     let other = WgSecret::from_seed(&[5; 32]).public();
     let [node] = &mut nodes;
     node.engine.set_peer(other, PeerSpec { keepalive: Some(Duration::from_secs(1)), ..spec(5) });
-    node.engine.set_route(&other, &PeerRoute { primary: Some(endpoint(5)), handshake_fan_out: Vec::new() });
+    node.engine.set_route(&other, &PeerRoute { primary: Some(endpoint(5).into()), ..PeerRoute::default() });
     let idle = WgSecret::from_seed(&[6; 32]).public();
     node.engine.set_peer(idle, spec(6));
-    node.engine.set_route(&idle, &PeerRoute { primary: Some(endpoint(5)), handshake_fan_out: Vec::new() });
+    node.engine.set_route(&idle, &PeerRoute { primary: Some(endpoint(5).into()), ..PeerRoute::default() });
     until(&mut nodes, "the keepalive starts a handshake", |[node]| {
         node.engine.handle_timeout((node.clock)());
         silent.next().is_some_and(|(_, datagram)| datagram.len() == 148)

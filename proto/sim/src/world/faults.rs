@@ -1,6 +1,6 @@
 //! What goes wrong, and who makes it so.
 
-use mesh_proto::device::RouteKind;
+use mesh_proto::device::{PeerRoute, RouteKind};
 use mesh_proto::wire::frame::Frame;
 use mesh_proto::wire::session::{ClientMessage, ServerMessage};
 
@@ -137,7 +137,7 @@ impl World {
                     generation: 0,
                 },
             );
-            engine.set_route(key, mesh_proto::device::PeerRoute { primary: Some(at), handshake_fan_out: Vec::new() });
+            engine.set_route(key, PeerRoute { primary: Some(at.into()), ..PeerRoute::default() });
             engine.start_handshake(&key, now);
             self.touch(stranger);
         }

@@ -9,7 +9,7 @@ use mesh_common::limits::{FIRST_SNAPSHOT_WAIT, RECONCILE_INTERVAL};
 use mesh_common::time::Instant;
 
 use super::{Agent, AgentEvent, ORPHAN_FLOOR_WAIT, OwnClaim, RETRY_FAILED_STEPS, is_down};
-use crate::device::{Desired, Observed, PeerRoute};
+use crate::device::{Desired, Endpoint, Observed, PeerRoute};
 use crate::mesh::desired::Inputs;
 use crate::mesh::peer::{self, Peer, Surroundings};
 use crate::mesh::reconcile::reconcile;
@@ -106,7 +106,8 @@ impl Agent {
                 .entry((peer.key, peer.node))
                 .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
             let path = self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64()));
-            path.handle_candidates(&peer.candidates);
+            let candidates: Vec<_> = peer.candidates.iter().copied().map(Endpoint::Direct).collect();
+            path.handle_candidates(&candidates);
             path.handle_instance(peer.instance, now);
         }
         let statics: BTreeMap<WgPublicKey, &StaticPeer> =
@@ -114,7 +115,7 @@ impl Agent {
         self.static_routes.retain(|key, _| statics.contains_key(key));
         for (key, peer) in statics {
             self.static_routes.entry(key).or_insert_with(|| {
-                let route = PeerRoute { primary: peer.endpoint, handshake_fan_out: Vec::new() };
+                let route = PeerRoute { primary: peer.endpoint.map(Endpoint::Direct), ..PeerRoute::default() };
                 self.events.push_back(AgentEvent::SetRoute(key, route.clone()));
                 route
             });

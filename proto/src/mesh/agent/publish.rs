@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh_common::addr;
+use mesh_common::id::ServerId;
 use mesh_common::limits::{MAX_CANDIDATES, MAX_PREFIXES, RECORD_REFRESH, RECORD_VALID_FOR};
 use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
@@ -13,7 +14,6 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::{Agent, AgentEvent};
-use crate::mesh::members::ServerId;
 use crate::sealed;
 use crate::wire::frame::Frame;
 use crate::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Record};

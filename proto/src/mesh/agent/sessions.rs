@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
+use mesh_common::id::ServerId;
 use mesh_common::time::Instant;
 
 use super::{Agent, AgentEvent, SETTLE, ServerFacts};
 use crate::discovery::client::{Client, ClientConfig, ClientEvent, ClientState};
-use crate::mesh::members::{Admission, ServerId};
+use crate::mesh::members::Admission;
 
 impl Agent {
     pub(super) fn drain_clients(&mut self, now: Instant) {

@@ -5,12 +5,12 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use mesh_common::host_name::HostName;
-use mesh_common::id::{Namespace, NodeId};
+use mesh_common::id::{Namespace, NodeId, ServerId};
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
 
 use super::Agent;
-use crate::device::Action;
+use crate::device::{Action, Endpoint};
 use crate::discovery::client::ClientState;
 use crate::mesh::peer::Verdict;
 use crate::path::agent::PathState;
@@ -55,7 +55,7 @@ pub struct PeerView {
     pub overlay_v4: Option<Ipv4Addr>,
     /// `None` for a static peer, which has no path agent.
     pub state: Option<PathState>,
-    pub endpoint: Option<SocketAddr>,
+    pub endpoint: Option<Endpoint>,
     pub candidates: Vec<SocketAddr>,
     pub prefixes: Vec<(IpNet, Verdict)>,
     pub last_evidence: Option<Instant>,
@@ -87,7 +87,7 @@ impl Agent {
     }
 
     fn server_views(&self) -> Vec<ServerView> {
-        let view = |(place, client): (&crate::mesh::members::ServerId, &crate::discovery::client::Client)| {
+        let view = |(place, client): (&ServerId, &crate::discovery::client::Client)| {
             let facts = self.server_facts.get(place);
             let refused = facts.and_then(|facts| facts.refused.as_ref()).map(ToString::to_string);
             ServerView {
