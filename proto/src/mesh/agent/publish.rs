@@ -20,6 +20,8 @@ use crate::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Reco
 
 /// Changes within this long of the last publication wait: a flapping link costs the mesh one record a second.
 const PUBLISH_PAUSE: Duration = Duration::from_secs(1);
+/// The same beside a clone: each answers what the other publishes.
+const CLONE_PAUSE: Duration = Duration::from_secs(30);
 
 /// This node's overlay IPv4 address and since when it holds it (unix milliseconds).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +46,8 @@ struct Published {
     /// `None` = the farewell.
     record: Option<Record>,
     at: Instant,
+    /// Since then nothing new goes out for this long.
+    pause: Duration,
     stored_by: BTreeSet<ServerId>,
 }
 
@@ -58,10 +62,7 @@ impl Publisher {
 
     /// A number of ours that we do not know of is out there: ours go on after it.
     pub(super) fn jump_past(&mut self, seq: u64) {
-        if seq > self.last_seq {
-            self.last_seq = seq;
-            self.published = None;
-        }
+        self.last_seq = self.last_seq.max(seq);
     }
 
     pub(super) fn handle_stored(&mut self, server: ServerId, seq: u64) {
@@ -100,16 +101,17 @@ impl Agent {
             return;
         }
         let record = self.record(now);
+        let last_seq = self.publisher.last_seq;
         match &self.publisher.published {
-            Some(published) if published.record.as_ref() == Some(&record) => {
+            Some(published) if published.record.as_ref() == Some(&record) && published.frame.seq() == last_seq => {
                 let refresh_at = published.at + RECORD_REFRESH;
                 if now < refresh_at {
                     self.publisher.again_at = Some(refresh_at);
                     return;
                 }
             }
-            Some(published) if now < published.at + PUBLISH_PAUSE => {
-                self.publisher.again_at = Some(published.at + PUBLISH_PAUSE);
+            Some(published) if now < published.at + published.pause => {
+                self.publisher.again_at = Some(published.at + published.pause);
                 return;
             }
             _ => {}
@@ -126,6 +128,10 @@ impl Agent {
     pub(super) fn seal_and_publish(&mut self, seq: u64, now: Instant) {
         if self.publisher.reserving.take_if(|reserving| *reserving == seq).is_none() {
             return;
+        }
+        if seq <= self.publisher.last_seq {
+            // Somebody went beyond it meanwhile.
+            return self.reserve_seq(now);
         }
         self.publisher.last_seq = seq;
         self.members.set_own_seq(seq);
@@ -151,7 +157,8 @@ impl Agent {
             );
         }
         self.publisher.again_at = record.as_ref().map(|_| now + RECORD_REFRESH);
-        self.publisher.published = Some(Published { frame, record, at: now, stored_by: BTreeSet::new() });
+        let pause = if self.clone_seen { CLONE_PAUSE } else { PUBLISH_PAUSE };
+        self.publisher.published = Some(Published { frame, record, at: now, pause, stored_by: BTreeSet::new() });
     }
 
     /// Keeps since when each prefix is announced; new ones since now.
