@@ -46,6 +46,7 @@ fn fresh(settings: Settings) -> Agent {
         unix_ms: 1_700_000_000_000,
         last_seq: 0,
         claim: None,
+        announced: Announced::default(),
         marks: BTreeMap::new(),
         frames: Vec::new(),
     };
