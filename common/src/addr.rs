@@ -5,7 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -61,11 +61,28 @@ pub enum PrefixRefusal {
     DefaultRoute,
     #[error("it is wider than /8 (IPv4) or /16 (IPv6)")]
     TooWide,
-    #[error("it is loopback, link-local, multicast or unspecified space")]
+    #[error("it is or holds loopback, link-local, multicast or unspecified space")]
     Unroutable,
 }
 
-/// Judges a prefix by itself. `allow_wide` lifts the refusal of default and very wide routes, never the last one.
+/// What no router forwards as unicast. In IPv6 also IPv4 in disguise.
+const UNROUTABLE_V4: [Ipv4Net; 5] = [
+    Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
+    Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),
+    Ipv4Net::new_assert(Ipv4Addr::BROADCAST, 32),
+];
+const UNROUTABLE_V6: [Ipv6Net; 5] = [
+    Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 128),
+    Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128),
+    Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96),
+    Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),
+    Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
+];
+
+/// Judges a prefix by itself. `allow_wide` lifts the refusal of default and very wide routes, which hold unroutable space
+/// and cannot do without; never that of others.
 pub fn check_prefix(prefix: IpNet, allow_wide: bool) -> Result<(), PrefixRefusal> {
     let widest = match prefix {
         IpNet::V4(_) => 8,
@@ -77,26 +94,18 @@ pub fn check_prefix(prefix: IpNet, allow_wide: bool) -> Result<(), PrefixRefusal
     if !allow_wide && prefix.prefix_len() < widest {
         return Err(PrefixRefusal::TooWide);
     }
-    if prefix.prefix_len() >= widest && !is_routable(prefix.network()) {
-        return Err(PrefixRefusal::Unroutable);
-    }
-    Ok(())
+    let is_wide = prefix.prefix_len() < widest;
+    let is_refused = |range: IpNet| range.contains(&prefix) || !is_wide && prefix.contains(&range);
+    if unroutable().any(is_refused) { Err(PrefixRefusal::Unroutable) } else { Ok(()) }
 }
 
 /// Whether unicast traffic to this address can cross a router.
 pub fn is_routable(addr: IpAddr) -> bool {
-    match addr {
-        IpAddr::V4(v4) => {
-            !(v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast() || v4.octets()[0] == 0)
-        }
-        IpAddr::V6(v6) => {
-            !(v6.is_loopback()
-                || v6.is_unicast_link_local()
-                || v6.is_multicast()
-                || v6.is_unspecified()
-                || v6.to_ipv4_mapped().is_some())
-        }
-    }
+    !unroutable().any(|range| range.contains(&addr))
+}
+
+fn unroutable() -> impl Iterator<Item = IpNet> {
+    UNROUTABLE_V4.into_iter().map(IpNet::V4).chain(UNROUTABLE_V6.into_iter().map(IpNet::V6))
 }
 
 #[cfg(test)]
@@ -139,8 +148,52 @@ mod tests {
         assert_eq!(check("2000::/12", false), Err(PrefixRefusal::TooWide));
         assert_eq!(check("0.0.0.0/0", true), Ok(()));
         assert_eq!(check("10.0.0.0/8", false), Ok(()));
-        for text in ["127.0.0.0/8", "169.254.1.0/24", "224.0.0.0/8", "fe80::/64", "ff02::1/128", "::1/128"] {
+    }
+
+    #[test]
+    fn prefixes_inside_and_around_unroutable_space_are_refused_and_their_neighbours_are_not() {
+        let check = |text: &str, wide| check_prefix(text.parse().unwrap(), wide);
+        let inside = [
+            ("0.0.0.0/8", "127.1.2.3/32"),
+            ("127.0.0.0/8", "127.0.0.1/32"),
+            ("169.254.0.0/16", "169.254.1.0/24"),
+            ("224.0.0.0/8", "239.255.255.255/32"),
+            ("255.255.255.255/32", "::/128"),
+            ("fe80::/64", "febf::/16"),
+            ("ff02::1/128", "ffff::/16"),
+            ("::1/128", "::ffff:10.0.0.0/104"),
+        ];
+        let around = [("169.0.0.0/8", "169.252.0.0/14"), ("255.0.0.0/8", "255.255.255.254/31"), ("::/16", "::/95")];
+        for text in inside.into_iter().chain(around).flat_map(<[&str; 2]>::from) {
             assert_eq!(check(text, true), Err(PrefixRefusal::Unroutable), "{text}");
+            assert_eq!(check(text, false), Err(PrefixRefusal::Unroutable), "{text}");
+        }
+        assert_eq!(check("224.0.0.0/4", true), Err(PrefixRefusal::Unroutable), "wide, and nothing but multicast");
+        assert_eq!(check("224.0.0.0/4", false), Err(PrefixRefusal::TooWide));
+        // Wide ones that are wanted hold more than that.
+        for text in ["0.0.0.0/0", "::/0", "128.0.0.0/1", "fc00::/6"] {
+            assert_eq!(check(text, true), Ok(()), "{text}");
+        }
+        let neighbours = ["1.0.0.0/8", "126.0.0.0/8", "128.0.0.0/8", "169.252.0.0/15", "169.255.0.0/16", "223.0.0.0/8"];
+        let neighbours = neighbours.into_iter().chain(["240.0.0.0/8", "255.255.255.254/32", "fec0::/10", "::2/128"]);
+        for text in neighbours {
+            let expected = if text == "fec0::/10" { Err(PrefixRefusal::TooWide) } else { Ok(()) };
+            assert_eq!(check(text, false), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_routable_outside_of_that_space_only() {
+        let routable = |text: &str| is_routable(text.parse().unwrap());
+        for text in ["1.1.1.1", "10.0.0.1", "169.255.0.1", "240.0.0.1", "2001:db8::1", "fd00::1", "fec0::1"] {
+            assert!(routable(text), "{text}");
+        }
+        for text in ["0.1.2.3", "127.0.0.1", "169.254.169.254", "224.0.0.251", "255.255.255.255"] {
+            assert!(!routable(text), "{text}");
+            assert!(!routable(&format!("::ffff:{text}")), "{text} as IPv6");
+        }
+        for text in ["::", "::1", "::ffff:10.0.0.1", "fe80::1", "ff02::1"] {
+            assert!(!routable(text), "{text}");
         }
     }
 }

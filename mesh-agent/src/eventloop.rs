@@ -16,7 +16,7 @@ use mesh_common::key::ClusterSecret;
 use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Link, Observed};
-use mesh_proto::mesh::agent::{Agent, AgentEvent, OwnClaim, Start, StepError};
+use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use zeroize::Zeroizing;
 
@@ -129,6 +129,7 @@ impl<'a> Node<'a> {
             unix_ms: started_at_ms,
             last_seq: state.reserved_seq(),
             claim: state.claim().map(|(addr, claimed_at_ms)| OwnClaim { addr, claimed_at_ms }),
+            announced: Announced { since_ms: state.announced().0.clone(), at_ms: state.announced().1 },
             marks: state.load_marks()?,
             frames: state.load_frames()?,
         };
@@ -271,6 +272,10 @@ impl<'a> Node<'a> {
                 let written = self.state.set_claim(Some((claim.addr, claim.claimed_at_ms)));
                 self.note_written(written);
             }
+            AgentEvent::StoreAnnounced(since_ms) => {
+                let written = self.state.set_announced(since_ms, clock::unix_ms());
+                self.note_written(written);
+            }
             AgentEvent::StoreMembers => {
                 self.store_at.get_or_insert_with(|| clock::now() + STORE_PAUSE);
             }
@@ -377,6 +382,14 @@ impl<'a> Node<'a> {
         self.store_at = Some(clock::now() + STORE_RETRY);
     }
 
+    /// The next start counts from here how long the node was away.
+    fn store_announced(&mut self) {
+        if let Some(since_ms) = self.agent.announced().cloned() {
+            let written = self.state.set_announced(since_ms, clock::unix_ms());
+            self.note_written(written);
+        }
+    }
+
     /// A full disk is no reason to stop: said once, until it works again.
     fn note_written(&mut self, written: Result<(), crate::state::StateError>) -> bool {
         let failed = written.is_err();
@@ -396,6 +409,7 @@ impl<'a> Node<'a> {
                 if self.store_at.is_some() {
                     self.store_members();
                 }
+                self.store_announced();
                 self.keep_only_the_floor().await;
                 self.engine.stop();
                 return Ok(Some(Ended::Terminated));
@@ -446,6 +460,7 @@ impl<'a> Node<'a> {
                 tracing::info!(
                     "the new configuration changes interface or port: starting anew; routes fail closed meanwhile"
                 );
+                self.store_announced();
                 self.engine.stop();
                 let waiting = answer.into_iter().collect();
                 return Some(Ended::Left(Departure { config, waiting, is_clean: false }));

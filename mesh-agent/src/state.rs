@@ -1,5 +1,5 @@
-//! What a node remembers: its identity, the sequence numbers it gave out, its overlay address, its peers' sealed frames and
-//! the newest sequence number seen of each.
+//! What a node remembers: its identity, the sequence numbers it gave out, its overlay address, since when it announces its
+//! prefixes, its peers' sealed frames and the newest sequence number seen of each.
 //!
 //! Owns one directory (0700) and every file in it (0600). A lock keeps a second agent out. The identity is made once, when
 //! nothing of ours is there; one that is missing, damaged, or another user's is an error that names the file, never a
@@ -14,6 +14,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use ipnet::IpNet;
 use mesh_common::id::NodeId;
 use mesh_common::key::{SignKey, WgSecret};
 use serde::{Deserialize, Serialize};
@@ -70,10 +71,19 @@ pub struct State {
 }
 
 /// What `state.json` holds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Numbers {
     reserved_seq: u64,
     overlay_v4: Option<OverlayClaim>,
+    /// Absent in files of older versions.
+    #[serde(default)]
+    announced: Announced,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Announced {
+    since_ms: BTreeMap<IpNet, u64>,
+    at_ms: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,7 +128,7 @@ impl State {
         if seq <= self.numbers.reserved_seq {
             return Ok(());
         }
-        self.store_numbers(Numbers { reserved_seq: seq, ..self.numbers })
+        self.store_numbers(Numbers { reserved_seq: seq, ..self.numbers.clone() })
     }
 
     /// The overlay IPv4 address of this node and when it was first taken (Unix milliseconds).
@@ -131,7 +141,17 @@ impl State {
         if overlay_v4 == self.numbers.overlay_v4 {
             return Ok(());
         }
-        self.store_numbers(Numbers { overlay_v4, ..self.numbers })
+        self.store_numbers(Numbers { overlay_v4, ..self.numbers.clone() })
+    }
+
+    /// Since when each prefix is announced, and when that was stored (Unix milliseconds).
+    pub fn announced(&self) -> (&BTreeMap<IpNet, u64>, u64) {
+        (&self.numbers.announced.since_ms, self.numbers.announced.at_ms)
+    }
+
+    pub fn set_announced(&mut self, since_ms: BTreeMap<IpNet, u64>, at_ms: u64) -> Result<(), StateError> {
+        let announced = Announced { since_ms, at_ms };
+        self.store_numbers(Numbers { announced, ..self.numbers.clone() })
     }
 
     /// The sealed frames of the last time, byte for byte; whoever uses them verifies them as any frame.

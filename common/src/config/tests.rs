@@ -147,7 +147,7 @@ fn each_mistake_gets_its_message() {
         ),
         (
             mesh("  extraPrefixes: [127.0.0.0/8]"),
-            "line 2, column 18: `mesh.extraPrefixes` is 127.0.0.0/8, it is loopback, link-local, multicast or unspecified space: remove it",
+            "line 2, column 18: `mesh.extraPrefixes` is 127.0.0.0/8, it is or holds loopback, link-local, multicast or unspecified space: remove it",
         ),
         (
             mesh("  filters: { endpoints: [\"!lan\"] }"),

@@ -26,12 +26,18 @@ fn everything_is_found_again_and_closed_to_others() {
     let frames = vec![Bytes::from_static(b"one"), Bytes::new(), Bytes::from(vec![7; 4300])];
     let marks = BTreeMap::from([(NodeId([1; 32]), 5), (NodeId([2; 32]), u64::MAX)]);
     let claim = Some((Ipv4Addr::new(198, 19, 3, 4), 1_700_000_000_000));
+    let since = BTreeMap::from([
+        ("10.1.0.0/16".parse().unwrap(), 1_600_000_000_000),
+        ("2001:db8::/32".parse().unwrap(), u64::MAX),
+    ]);
+    assert_eq!(state.announced(), (&BTreeMap::new(), 0));
     assert!(
         state.load_frames().unwrap().is_empty() && state.load_marks().unwrap().is_empty() && state.claim().is_none()
     );
     state.reserve_seq(42).unwrap();
     state.reserve_seq(41).unwrap();
     state.set_claim(claim).unwrap();
+    state.set_announced(since.clone(), 1_700_000_000_001).unwrap();
     state.store_frames(&frames).unwrap();
     state.store_marks(&marks).unwrap();
     drop(state);
@@ -39,6 +45,7 @@ fn everything_is_found_again_and_closed_to_others() {
     let state = State::open(&state_dir).unwrap();
     assert_eq!((state.identity().node_id(), state.wg().public()), (node, wg));
     assert_eq!((state.reserved_seq(), state.claim()), (42, claim));
+    assert_eq!(state.announced(), (&since, 1_700_000_000_001));
     assert_eq!((state.load_frames().unwrap(), state.load_marks().unwrap()), (frames, marks));
     assert_eq!(mode(&state_dir), 0o700);
     for entry in fs::read_dir(&state_dir).unwrap() {
@@ -46,6 +53,24 @@ fn everything_is_found_again_and_closed_to_others() {
         assert_eq!(mode(&path), 0o600, "{}", path.display());
         assert!(path.extension().is_none_or(|extension| extension != "tmp"), "{} is left over", path.display());
     }
+}
+
+#[test]
+fn numbers_of_an_older_version_are_read_and_nothing_was_announced() {
+    let (dir, _) = opened();
+    let old = br#"{"reserved_seq":8,"overlay_v4":{"address":"198.19.3.4","claimed_at_ms":5}}"#;
+    fs::write(dir.path().join(NUMBERS), old).unwrap();
+    let mut state = State::open(dir.path()).unwrap();
+    assert_eq!((state.reserved_seq(), state.claim()), (8, Some((Ipv4Addr::new(198, 19, 3, 4), 5))));
+    assert_eq!(state.announced(), (&BTreeMap::new(), 0));
+    // Each number outlives a change of the others.
+    let since = BTreeMap::from([("10.1.0.0/16".parse().unwrap(), 3)]);
+    state.set_announced(since.clone(), 9).unwrap();
+    state.reserve_seq(10).unwrap();
+    state.set_claim(None).unwrap();
+    drop(state);
+    let state = State::open(dir.path()).unwrap();
+    assert_eq!((state.reserved_seq(), state.claim(), state.announced()), (10, None, (&since, 9)));
 }
 
 #[test]

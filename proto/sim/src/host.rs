@@ -13,7 +13,7 @@ use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ClusterKeys, SignKey, WgPublicKey, WgSecret};
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Endpoint, UnderlayLink};
-use mesh_proto::mesh::agent::{Agent, AgentEvent, OwnClaim, Start, StepError};
+use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::mesh::settings::Settings;
 use mesh_proto::random::SplitMix64;
 
@@ -56,6 +56,7 @@ pub enum Sabotage {
 pub struct Disk {
     pub last_seq: u64,
     pub claim: Option<OwnClaim>,
+    pub announced: Announced,
     pub marks: BTreeMap<NodeId, u64>,
     pub frames: Vec<Bytes>,
 }
@@ -143,7 +144,6 @@ impl Host {
     /// Starts the agent from what is on disk.
     pub fn start(&mut self, now: Instant) {
         self.run += 1;
-        let elapsed = u64::try_from(now.since_origin().as_millis()).unwrap_or(u64::MAX);
         let mut words = || self.random.next_u64().to_le_bytes();
         let instance = [words(), words()].concat();
         let seed = [words(), words(), words(), words()].concat();
@@ -160,9 +160,10 @@ impl Host {
             wg_proof: self.plan.wg.prove(&self.node()),
             instance: instance.try_into().expect("two words are 16 bytes"),
             seed: seed.try_into().expect("four words are 32 bytes"),
-            unix_ms: self.plan.unix_ms + elapsed,
+            unix_ms: unix_ms(&self.plan, now),
             last_seq: self.disk.last_seq,
             claim: self.disk.claim,
+            announced: self.disk.announced.clone(),
             marks,
             frames: self.disk.frames.clone(),
         };
@@ -237,6 +238,10 @@ impl Host {
                         effects.push(Effect::Reserved(seq));
                     }
                     AgentEvent::StoreClaim(claim) => self.disk.claim = Some(claim),
+                    AgentEvent::StoreAnnounced(since_ms) => {
+                        let at_ms = unix_ms(&self.plan, now);
+                        self.disk.announced = Announced { since_ms, at_ms };
+                    }
                     AgentEvent::StoreMembers => {
                         self.disk.marks = agent.members().marks().clone();
                         self.disk.frames = agent.frames();
@@ -293,4 +298,9 @@ impl Host {
         }
         self.kernel.apply(action)
     }
+}
+
+/// The wall clock of a host.
+fn unix_ms(plan: &HostPlan, now: Instant) -> u64 {
+    plan.unix_ms + u64::try_from(now.since_origin().as_millis()).unwrap_or(u64::MAX)
 }

@@ -242,7 +242,11 @@ pub fn unsettled(hosts: &[Host], model: &Model, contested: &BTreeSet<ipnet::IpNe
 /// The host holds what its agent wants and nothing else.
 fn unsettled_host(index: usize, host: &Host, agent: &mesh_proto::mesh::agent::Agent, now: Instant) -> Option<String> {
     use mesh_proto::device::{Family, RouteKind};
-    let failed = agent.view(now).failed_steps;
+    let view = agent.view(now);
+    if view.clone_seen {
+        return Some(format!("{index} takes a run of its own for a clone"));
+    }
+    let failed = view.failed_steps;
     if !failed.is_empty() {
         return Some(format!("{index} has failed steps: {failed:?}"));
     }
@@ -258,7 +262,7 @@ fn unsettled_host(index: usize, host: &Host, agent: &mesh_proto::mesh::agent::Ag
 }
 
 /// Who owns a prefix as this host sees it. `None` when it has its own reasons not to route it.
-fn owner(host: &Host, view: &mesh_proto::mesh::agent::View, prefix: &ipnet::IpNet) -> Option<NodeId> {
+pub fn owner(host: &Host, view: &mesh_proto::mesh::agent::View, prefix: &ipnet::IpNet) -> Option<NodeId> {
     use mesh_proto::mesh::peer::Verdict;
     let verdicts = view.peers.iter().flat_map(|peer| {
         let verdicts = peer.prefixes.iter().filter(|(announced, _)| announced == prefix);

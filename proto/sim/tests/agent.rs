@@ -15,7 +15,7 @@ use mesh_common::limits::{PEER_DOWN_AFTER, RECORD_VALID_FOR};
 use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Family, PeerReport, Route, RouteKind, UnderlayLink};
-use mesh_proto::mesh::agent::{Agent, AgentEvent, OwnClaim, Start, StepError};
+use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::mesh::peer::Verdict;
 use mesh_proto::mesh::settings::Settings;
 use mesh_proto::sealed::{self, Opened};
@@ -141,6 +141,7 @@ impl Bench {
             unix_ms: 1_000_000,
             last_seq: 0,
             claim,
+            announced: Announced::default(),
             marks: BTreeMap::new(),
             frames: members.iter().map(|(number, record)| frame(*number, record)).collect(),
         };

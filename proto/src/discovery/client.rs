@@ -51,7 +51,7 @@ pub enum ClientEvent {
     HangUp,
     /// The server accepted the proof.
     Welcomed { observed: SocketAddr, stun_ports: Vec<u16> },
-    /// A frame of some member, not verified yet.
+    /// A frame of some member or of this node, not verified yet.
     Frame(Bytes),
     /// The snapshot is whole: `listed` are all nodes this server lists, this one left out (at most
     /// [`MAX_MEMBERS`]). Comes again after each later batch.
@@ -395,7 +395,7 @@ impl Client {
         match frame.kind() {
             // A frame of another cluster is no member; whoever opens it says so.
             Kind::Record if frame.namespace() == self.config.keys.namespace => {
-                if self.listed.len() < MAX_MEMBERS {
+                if self.listed.len() < MAX_MEMBERS && node != self.config.identity.node_id() {
                     self.listed.insert(node);
                 }
             }

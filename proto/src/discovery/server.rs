@@ -272,7 +272,7 @@ impl Server {
         }
         let expired = self.store.handle_timeout(now);
         for namespace in expired.changed {
-            self.wake_watchers(&namespace, None);
+            self.wake_watchers(&namespace);
         }
         self.events.extend(expired.freed.into_iter().map(ServerEvent::NamespaceFreed));
     }
@@ -291,8 +291,8 @@ impl Server {
         {
             return Some(ServerMessage::Drain { retry_after: until.since(now) }.encode());
         }
-        if let Phase::Member { namespace, node, watcher: Some(watcher) } = &mut connection.phase
-            && let Some(change) = self.store.next(namespace, node, watcher)
+        if let Phase::Member { namespace, watcher: Some(watcher), .. } = &mut connection.phase
+            && let Some(change) = self.store.next(namespace, watcher)
         {
             let message = match change {
                 Change::Restart => ServerMessage::Restart,
@@ -425,7 +425,7 @@ impl Server {
                 Ok(put) => {
                     self.puts_accepted += 1;
                     if put == Put::Changed {
-                        self.wake_watchers(&namespace, Some(node));
+                        self.wake_watchers(&namespace);
                     }
                     return self.reply(conn, &ServerMessage::Stored { seq: frame.seq() }, now);
                 }
@@ -519,11 +519,10 @@ impl Server {
         self.events.push_back(ServerEvent::Close(conn));
     }
 
-    fn wake_watchers(&mut self, namespace: &Namespace, author: Option<NodeId>) {
+    fn wake_watchers(&mut self, namespace: &Namespace) {
         let Some(sessions) = self.sessions.get(namespace) else { return };
-        for (conn, node) in sessions {
-            if Some(*node) != author
-                && let Some(connection) = self.connections.get_mut(conn)
+        for conn in sessions.keys() {
+            if let Some(connection) = self.connections.get_mut(conn)
                 && matches!(connection.phase, Phase::Member { watcher: Some(_), .. })
                 && !std::mem::replace(&mut connection.awake, true)
             {

@@ -266,8 +266,9 @@ impl Store {
         }
     }
 
-    /// What `reader` has to be told next: its own frames are not, nor what is superseded meanwhile.
-    pub fn next(&self, namespace: &Namespace, reader: &NodeId, watcher: &mut Watcher) -> Option<Change> {
+    /// What a reader has to be told next; what is superseded meanwhile is not. A node reads its own frames too: one that it
+    /// did not make is of a clone.
+    pub fn next(&self, namespace: &Namespace, watcher: &mut Watcher) -> Option<Change> {
         let space = self.spaces.get(namespace)?;
         if watcher.restart || watcher.position.max(watcher.snapshot_end) < space.floor {
             *watcher = Watcher { position: 0, snapshot_end: space.head, restart: false, synced: false };
@@ -276,9 +277,6 @@ impl Store {
         let news = space.history.range((Bound::Excluded(watcher.position), Bound::Unbounded));
         for (version, node) in news {
             watcher.position = *version;
-            if node == reader {
-                continue;
-            }
             let change = match space.nodes.get(node).and_then(|entry| entry.content.frame()) {
                 Some(frame) => Change::Frame(frame.as_bytes().clone()),
                 None if *version <= watcher.snapshot_end => continue,

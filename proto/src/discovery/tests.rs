@@ -366,8 +366,8 @@ fn an_agent_that_was_away_resumes_without_a_snapshot() {
     let mut expected = newest(3, 1);
     expected.insert(node(2), 2);
     pair.assert_converged(&expected, "after the gap");
-    // One to the agent that stayed, one to the one that was away: no frame was told twice.
-    assert_eq!(sent(&pair) - before, 2);
+    // One to its author, one to the agent that stayed, one to the one that was away: no frame was told twice.
+    assert_eq!(sent(&pair) - before, 3);
 }
 
 #[test]

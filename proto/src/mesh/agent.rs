@@ -31,7 +31,7 @@ mod sessions;
 mod tests;
 mod view;
 
-pub use publish::OwnClaim;
+pub use publish::{Announced, OwnClaim};
 pub use view::{PeerView, ServerView, View};
 
 /// Records come in bursts: what follows from them is worked out once per burst.
@@ -62,6 +62,7 @@ pub struct Start {
     /// The highest sequence number ever reserved.
     pub last_seq: u64,
     pub claim: Option<OwnClaim>,
+    pub announced: Announced,
     /// Highest sequence number seen of each node.
     pub marks: BTreeMap<NodeId, u64>,
     /// Frames of the last run's members, verbatim.
@@ -79,6 +80,8 @@ pub enum AgentEvent {
     ReserveSeq(u64),
     /// Keep the overlay IPv4 address for the next start.
     StoreClaim(OwnClaim),
+    /// Keep since when (unix milliseconds) each prefix is announced, and that it is announced now, for the next start.
+    StoreAnnounced(BTreeMap<IpNet, u64>),
     /// Members changed: keep `frames()` and `marks()` for the next start.
     StoreMembers,
     SetRoute(WgPublicKey, PeerRoute),
@@ -115,7 +118,12 @@ pub struct Agent {
     /// Peers that counted as down when the desired state was last worked out.
     down: BTreeSet<WgPublicKey>,
     observed: Option<Observed>,
+    /// What is announced, since when.
     own_prefixes: BTreeMap<IpNet, u64>,
+    /// The same of the last run, until the host's addresses are known.
+    last_run_prefixes: BTreeMap<IpNet, u64>,
+    /// What the shell was last asked to store of it in this run, and when.
+    stored_prefixes: Option<(BTreeMap<IpNet, u64>, Instant)>,
     publisher: publish::Publisher,
     rp_filter_denied: BTreeSet<String>,
     /// Steps are with the shell.
@@ -187,6 +195,8 @@ impl Agent {
             down: BTreeSet::new(),
             observed: None,
             own_prefixes: BTreeMap::new(),
+            last_run_prefixes: start.announced.held_at(start.unix_ms),
+            stored_prefixes: None,
             publisher: publish::Publisher::new(start.last_seq, start.claim),
             rp_filter_denied: BTreeSet::new(),
             applying: false,
@@ -234,6 +244,11 @@ impl Agent {
 
     pub fn members(&self) -> &Members {
         &self.members
+    }
+
+    /// What was last to be stored by [`AgentEvent::StoreAnnounced`], to be stored once more at a stop.
+    pub fn announced(&self) -> Option<&BTreeMap<IpNet, u64>> {
+        self.stored_prefixes.as_ref().map(|(since_ms, _)| since_ms)
     }
 
     /// Frames of all members, for the cache.
@@ -474,6 +489,8 @@ impl Agent {
         }
         let is_farewell_due = leaving.give_up_at.is_some();
         if !std::mem::replace(&mut leaving.said, true) {
+            // Who says farewell gives its prefixes up.
+            self.store_announced(BTreeMap::new(), now);
             self.reserve_seq(now);
             return;
         }

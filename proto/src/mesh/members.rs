@@ -43,10 +43,9 @@ pub enum Admission {
     /// The frame that is already known.
     Known,
     Left,
-    /// A frame of our own identity, newer than any we made: a clone of this node, or a state directory put back in time.
+    /// A frame of our own identity with a number above all that we have used: somebody else made it.
     OwnIdentity {
         seq: u64,
-        instance: Option<[u8; 16]>,
     },
 }
 
@@ -262,11 +261,8 @@ impl Members {
         if frame.seq() <= self.own_seq {
             return Ok((self.own, Admission::Known));
         }
-        let instance = match sealed::open(&self.keys, &self.cluster_id, frame)? {
-            Opened::Record(record) => Some(record.instance),
-            Opened::Tombstone => None,
-        };
-        Ok((self.own, Admission::OwnIdentity { seq: frame.seq(), instance }))
+        sealed::open(&self.keys, &self.cluster_id, frame)?;
+        Ok((self.own, Admission::OwnIdentity { seq: frame.seq() }))
     }
 
     /// Bounded: beyond four marks a member slot, those of nodes that left are given up, lowest number first.

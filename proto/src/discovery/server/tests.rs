@@ -118,13 +118,14 @@ fn a_session_from_challenge_to_farewell() {
 
     assert_eq!(say(&mut server, 1, &put(1, 4), at(0)), [ServerMessage::Stored { seq: 4 }]);
     let cursor = Cursor { server_instance: 1, version: 1 };
-    assert_eq!(say(&mut server, 1, &watch(), at(0)), [ServerMessage::Restart, ServerMessage::Synced(cursor)]);
+    let own = ServerMessage::Frame(frame(namespace, 1, Kind::Record, 4).as_bytes().clone());
+    assert_eq!(say(&mut server, 1, &watch(), at(0)), [ServerMessage::Restart, own, ServerMessage::Synced(cursor)]);
     let ping = ClientMessage::Ping(77).encode();
     assert_eq!(say(&mut server, 1, &ping, at(0)), [ServerMessage::Pong(77)]);
     events(&mut server);
     let stats = server.stats();
     assert_eq!((stats.connections, stats.namespaces, stats.slots), (1, 1, 1));
-    assert_eq!((stats.hellos_accepted, stats.puts_accepted, stats.frames_sent), (1, 1, 0));
+    assert_eq!((stats.hellos_accepted, stats.puts_accepted, stats.frames_sent), (1, 1, 1));
     assert_eq!(stats.refused, BTreeMap::new());
 
     server.handle_disconnected(ConnId(1), at(1));
@@ -514,6 +515,11 @@ fn one_node_on_two_connections_is_one_member() {
     assert_eq!(say(&mut server, 2, &put(1, 2), at(0)), [ServerMessage::Stored { seq: 2 }]);
     assert_eq!(code_and_limit(&say(&mut server, 1, &put(1, 1), at(0))).0, ErrorCode::Stale);
     assert_eq!(server.stats().slots, 1);
+    // Each hears what the other says: that is how a cloned identity shows.
+    let told = |seq| ServerMessage::Frame(frame(namespace, 1, Kind::Record, seq).as_bytes().clone());
+    assert!(say(&mut server, 1, &watch(), at(0)).contains(&told(2)));
+    say(&mut server, 2, &put(1, 3), at(0));
+    assert!(drain(&mut server, 1, at(0)).contains(&told(3)));
     events(&mut server);
     server.handle_disconnected(ConnId(1), at(1));
     assert_eq!(events(&mut server), [], "it is still there");

@@ -22,6 +22,7 @@ impl Agent {
         if self.leaving.is_none() {
             self.resolve_overlay_v4(now);
             self.peers = self.judge_peers(now);
+            self.store_announced_if_contested(now);
             self.sync_paths(now);
         }
         self.down = self.paths.iter().filter(|(_, path)| is_down(path.state(now))).map(|(key, _)| *key).collect();

@@ -7,25 +7,48 @@ use std::time::Duration;
 use ipnet::IpNet;
 use mesh_common::addr;
 use mesh_common::id::ServerId;
-use mesh_common::limits::{MAX_CANDIDATES, MAX_PREFIXES, RECORD_REFRESH, RECORD_VALID_FOR};
+use mesh_common::limits::{MAX_CANDIDATES, MAX_PREFIXES, RECORD_REFRESH, RECORD_VALID_FOR, SLOT_TTL};
 use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::{Agent, AgentEvent};
+use crate::mesh::peer::Verdict;
 use crate::sealed;
 use crate::wire::frame::Frame;
 use crate::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Record};
 
 /// Changes within this long of the last publication wait: a flapping link costs the mesh one record a second.
 const PUBLISH_PAUSE: Duration = Duration::from_secs(1);
+/// The same beside a clone: each answers what the other publishes.
+const CLONE_PAUSE: Duration = Duration::from_secs(30);
+/// How long after its last stored moment a node that was away still owns its prefixes. Servers list it for this long after
+/// its last session, so nobody else can have been the owner in between; later somebody may, and runs.
+const INCUMBENCY: Duration = SLOT_TTL;
+/// While a prefix is contested, that we announce it is stored with every look at the host, but not more often than this.
+const STORE_PAUSE: Duration = Duration::from_secs(15);
 
 /// This node's overlay IPv4 address and since when it holds it (unix milliseconds).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OwnClaim {
     pub addr: Ipv4Addr,
     pub claimed_at_ms: u64,
+}
+
+/// What this node announced, each prefix since when, and when it last was stored that it does (unix milliseconds).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Announced {
+    pub since_ms: BTreeMap<IpNet, u64>,
+    pub at_ms: u64,
+}
+
+impl Announced {
+    /// What a node that starts now still holds of it.
+    pub(super) fn held_at(self, unix_ms: u64) -> BTreeMap<IpNet, u64> {
+        let away = Duration::from_millis(unix_ms.saturating_sub(self.at_ms));
+        if away < INCUMBENCY { self.since_ms } else { BTreeMap::new() }
+    }
 }
 
 #[derive(Debug)]
@@ -44,6 +67,8 @@ struct Published {
     /// `None` = the farewell.
     record: Option<Record>,
     at: Instant,
+    /// Since then nothing new goes out for this long.
+    pause: Duration,
     stored_by: BTreeSet<ServerId>,
 }
 
@@ -58,10 +83,7 @@ impl Publisher {
 
     /// A number of ours that we do not know of is out there: ours go on after it.
     pub(super) fn jump_past(&mut self, seq: u64) {
-        if seq > self.last_seq {
-            self.last_seq = seq;
-            self.published = None;
-        }
+        self.last_seq = self.last_seq.max(seq);
     }
 
     pub(super) fn handle_stored(&mut self, server: ServerId, seq: u64) {
@@ -100,16 +122,17 @@ impl Agent {
             return;
         }
         let record = self.record(now);
+        let last_seq = self.publisher.last_seq;
         match &self.publisher.published {
-            Some(published) if published.record.as_ref() == Some(&record) => {
+            Some(published) if published.record.as_ref() == Some(&record) && published.frame.seq() == last_seq => {
                 let refresh_at = published.at + RECORD_REFRESH;
                 if now < refresh_at {
                     self.publisher.again_at = Some(refresh_at);
                     return;
                 }
             }
-            Some(published) if now < published.at + PUBLISH_PAUSE => {
-                self.publisher.again_at = Some(published.at + PUBLISH_PAUSE);
+            Some(published) if now < published.at + published.pause => {
+                self.publisher.again_at = Some(published.at + published.pause);
                 return;
             }
             _ => {}
@@ -126,6 +149,10 @@ impl Agent {
     pub(super) fn seal_and_publish(&mut self, seq: u64, now: Instant) {
         if self.publisher.reserving.take_if(|reserving| *reserving == seq).is_none() {
             return;
+        }
+        if seq <= self.publisher.last_seq {
+            // Somebody went beyond it meanwhile.
+            return self.reserve_seq(now);
         }
         self.publisher.last_seq = seq;
         self.members.set_own_seq(seq);
@@ -151,10 +178,11 @@ impl Agent {
             );
         }
         self.publisher.again_at = record.as_ref().map(|_| now + RECORD_REFRESH);
-        self.publisher.published = Some(Published { frame, record, at: now, stored_by: BTreeSet::new() });
+        let pause = if self.clone_seen { CLONE_PAUSE } else { PUBLISH_PAUSE };
+        self.publisher.published = Some(Published { frame, record, at: now, pause, stored_by: BTreeSet::new() });
     }
 
-    /// Keeps since when each prefix is announced; new ones since now.
+    /// Keeps since when each prefix is announced, over a restart too; new ones since now.
     pub(super) fn set_own_prefixes(&mut self, now: Instant) {
         let since = self.unix_ms(now);
         // What is configured comes first: addresses are what a record can do without.
@@ -163,8 +191,32 @@ impl Agent {
         let prefixes = self.settings.prefixes.iter().copied().chain(addresses);
         let prefixes: Vec<IpNet> = prefixes.filter(|prefix| seen.insert(*prefix)).take(MAX_PREFIXES).collect();
         let before = std::mem::take(&mut self.own_prefixes);
-        let with_since = |prefix: IpNet| (prefix, before.get(&prefix).copied().unwrap_or(since));
+        let with_since = |prefix: IpNet| {
+            let before = before.get(&prefix).or_else(|| self.last_run_prefixes.get(&prefix));
+            (prefix, before.copied().unwrap_or(since))
+        };
         self.own_prefixes = prefixes.into_iter().map(with_since).collect::<BTreeMap<_, _>>();
+        // Without the host's addresses it is not known yet what is announced no longer.
+        if self.observed.is_some() && self.leaving.is_none() {
+            self.last_run_prefixes.clear();
+            if self.announced() != Some(&self.own_prefixes) {
+                self.store_announced(self.own_prefixes.clone(), now);
+            }
+        }
+    }
+
+    /// When we were last there matters only while somebody else wants a prefix of ours: without, a disk may rest.
+    pub(super) fn store_announced_if_contested(&mut self, now: Instant) {
+        let is_ours = |(prefix, _): &(IpNet, Verdict)| self.own_prefixes.contains_key(prefix);
+        let is_old = self.stored_prefixes.as_ref().is_some_and(|(_, at)| now.since(*at) >= STORE_PAUSE);
+        if is_old && self.peers.iter().flat_map(|peer| &peer.prefixes).any(is_ours) {
+            self.store_announced(self.own_prefixes.clone(), now);
+        }
+    }
+
+    pub(super) fn store_announced(&mut self, since_ms: BTreeMap<IpNet, u64>, now: Instant) {
+        self.stored_prefixes = Some((since_ms.clone(), now));
+        self.events.push_back(AgentEvent::StoreAnnounced(since_ms));
     }
 
     fn record(&mut self, now: Instant) -> Record {

@@ -64,17 +64,7 @@ impl Agent {
     fn handle_frame(&mut self, server: ServerId, bytes: Bytes, now: Instant) {
         match self.members.admit_listed(bytes, server, now) {
             Ok((_, Admission::Known)) => {}
-            Ok((node, Admission::OwnIdentity { seq, instance })) => {
-                self.members.set_own_seq(seq);
-                self.publisher.jump_past(seq);
-                if instance != Some(self.instance) && !self.clone_seen {
-                    self.clone_seen = true;
-                    tracing::warn!(
-                        node = %node.short(),
-                        "another agent runs with this node's identity: give every machine its own state directory"
-                    );
-                }
-            }
+            Ok((_, Admission::OwnIdentity { seq })) => self.handle_own_identity(seq, now),
             Ok((node, admission)) => {
                 let host_name = self.members.get(&node).map(|member| member.record.host_name.clone());
                 match admission {
@@ -88,6 +78,22 @@ impl Agent {
                 self.work_out_at(now + SETTLE);
             }
             Err(rejection) => tracing::debug!(%rejection, "a record was not accepted"),
+        }
+    }
+
+    /// Somebody used a number of ours: ours go on after it, or no server would take them.
+    fn handle_own_identity(&mut self, seq: u64, now: Instant) {
+        self.members.set_own_seq(seq);
+        self.publisher.jump_past(seq);
+        self.work_out_at(now);
+        // Before we have spoken it may be of a run that the state directory forgot: put back from a backup, or not writable
+        // then. That run does not answer; an agent that lives goes beyond our number as soon as it hears of it.
+        if self.publisher.frame().is_some() && !self.clone_seen {
+            self.clone_seen = true;
+            tracing::warn!(
+                node = %self.node_id().short(),
+                "another agent runs with this node's identity: give every machine its own state directory"
+            );
         }
     }
 

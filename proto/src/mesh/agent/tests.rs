@@ -10,6 +10,8 @@ use super::*;
 use crate::device::Route;
 use crate::discovery::client::ClientEvent;
 use crate::mesh::settings::ServerSettings;
+use crate::sealed;
+use crate::wire::frame::Frame;
 
 fn settings(servers: usize) -> Settings {
     let server = |number| ServerSettings { name: format!("server{number}:7443"), proxied: false };
@@ -44,6 +46,7 @@ fn fresh(settings: Settings) -> Agent {
         unix_ms: 1_700_000_000_000,
         last_seq: 0,
         claim: None,
+        announced: Announced::default(),
         marks: BTreeMap::new(),
         frames: Vec::new(),
     };
@@ -94,4 +97,34 @@ fn a_floor_of_the_last_run_waits_for_its_member() {
     assert!(steps(&mut agent, &found, at(1000) + ORPHAN_FLOOR_WAIT).contains(&gone));
     // One that appears later is not of the last run.
     assert!(steps(&mut agent, &found, at(2000)).contains(&gone));
+}
+
+/// Lets an agent publish, and does what its events ask.
+fn published(agent: &mut Agent, now: Instant) -> Frame {
+    agent.handle_observed(Observed::default(), now);
+    agent.handle_client_event(ServerId(0), ClientEvent::Synced { listed: BTreeSet::new() }, now);
+    agent.handle_timeout(now);
+    while let Some(event) = agent.poll_event() {
+        match event {
+            AgentEvent::ReserveSeq(seq) => agent.handle_seq_reserved(seq, now),
+            AgentEvent::Apply(_) => agent.handle_applied(Vec::new(), Observed::default(), now),
+            _ => {}
+        }
+    }
+    agent.publisher.frame().unwrap().clone()
+}
+
+#[test]
+fn the_own_record_of_this_run_or_the_last_comes_back_for_nothing() {
+    let mut agent = fresh(settings(1));
+    let own = published(&mut agent, at(1));
+    let sealed_before = |seq| sealed::seal(&agent.keys, &agent.identity, seq, None, [7; 24]).unwrap();
+    let frames = [own.clone(), sealed_before(own.seq() - 1), sealed_before(1)];
+    let due = agent.due;
+    for frame in frames {
+        agent.handle_client_event(ServerId(0), ClientEvent::Frame(frame.as_bytes().clone()), at(2));
+        assert_eq!((agent.due, agent.poll_event(), agent.poll_transmit().is_some()), (due, None, false));
+    }
+    assert!(!agent.clone_seen && agent.publisher.published_seq() == Some(own.seq()));
+    assert!(agent.members.rejected().is_empty());
 }
