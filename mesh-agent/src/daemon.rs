@@ -62,7 +62,7 @@ async fn serve(options: RunOptions) -> anyhow::Result<()> {
             }
         } else {
             if !is_clean {
-                remove_leftovers(&config, &state).await;
+                remove_leftovers(&state).await;
             }
             answer_all(&mut waiting, Ok(()));
             idle(config.clone(), &state, &mut services).await
@@ -87,9 +87,13 @@ async fn serve(options: RunOptions) -> anyhow::Result<()> {
     ended
 }
 
-/// A node that is off owns nothing, also when its last run was cut short.
-async fn remove_leftovers(config: &Config, state: &State) {
-    match device::cleanup(config.mesh.interface_name.as_str(), state.dir()).await {
+/// A node that is off owns nothing, also when its last run was cut short. What the last run of this state directory did
+/// not leave is another agent's, on or stopped, and stays.
+async fn remove_leftovers(state: &State) {
+    if !device::is_marked(state.dir()) {
+        return;
+    }
+    match device::cleanup(state.dir()).await {
         Ok(report) => {
             for removed in report.removed {
                 tracing::info!("removed what the last run left: {removed}");
@@ -98,7 +102,7 @@ async fn remove_leftovers(config: &Config, state: &State) {
                 tracing::warn!("what the last run left could not be removed: {failed}");
             }
         }
-        Err(error) => tracing::warn!("cannot look for what the last run left: {error}"),
+        Err(error) => tracing::warn!("what the last run left is not removed: {error}"),
     }
 }
 

@@ -25,7 +25,7 @@ use mesh_proto::device::{Action, Family, Link, MssClamp, Observed, Route};
 use rtnetlink::Handle;
 use tokio::task::AbortHandle;
 
-pub use self::cleanup::{CleanupReport, cleanup};
+pub use self::cleanup::{CleanupReport, cleanup, is_marked, mark, unmark};
 pub use self::watch::HostWatch;
 
 use self::routes::Table;
@@ -68,9 +68,9 @@ pub enum ObserveError {
 pub enum ApplyError {
     #[error("not permitted to {what}: mesh-agent needs CAP_NET_ADMIN; run it as root or by its systemd unit")]
     NoNetAdmin { what: String },
-    /// The host does not let us loosen a reverse path filter: prefixes that need it must not be captured.
-    #[error("not permitted to change {sysctl}: set {sysctl} = 2 on the host")]
-    NotPermitted { sysctl: String },
+    /// The host does not let us change a reverse path filter: prefixes that need it loose must not be captured.
+    #[error("not permitted to change {sysctl}: set {sysctl} = {value} on the host")]
+    NotPermitted { sysctl: String, value: u8 },
     #[error("cannot {what}: {source}")]
     Kernel { what: String, source: io::Error },
     #[error("link {name} is not there")]
@@ -81,9 +81,18 @@ pub enum ApplyError {
     NotOfTheHost { action: String },
     #[error(transparent)]
     Loosened(#[from] LoosenedError),
+    #[error("an agent is on here, its link is {link}: use `mesh-agent down`, or stop it first")]
+    AgentIsOn { link: String },
+    #[error("cannot remove {}: {source}", file.display())]
+    Mark { file: PathBuf, source: io::Error },
 }
 
 impl ApplyError {
+    /// More rights would have helped.
+    pub fn lacks_permission(&self) -> bool {
+        matches!(self, Self::NoNetAdmin { .. } | Self::NotPermitted { .. })
+    }
+
     /// The link is not on the host: it was deleted, or never made.
     pub fn is_missing_link(&self) -> bool {
         match self {

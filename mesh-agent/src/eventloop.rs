@@ -29,7 +29,7 @@ use crate::io::session::{Dialer, ServerAddress};
 use crate::services::{Answer, Services, Wish};
 use crate::state::State;
 use crate::status::Status;
-use crate::{node_settings, secrets, status};
+use crate::{device, node_settings, secrets, status};
 
 /// How often tunnels in use run their timers.
 const TUNNEL_TICK: Duration = Duration::from_millis(250);
@@ -136,6 +136,12 @@ impl<'a> Node<'a> {
         let engine = Engine::start(Some(tun), sockets, BoringTunnels::new(state.wg()), Arc::new(clock::now))
             .context("cannot start the data plane")?;
         let agent = Agent::new(settings, start, clock::now());
+        if let Err(error) = device::mark(state.dir()) {
+            tracing::warn!(
+                "{} cannot be written ({error}): a start with mesh.enabled: false will not remove what this run leaves",
+                state.dir().display()
+            );
+        }
         tracing::info!(
             node = %agent.node_id().short(),
             overlay_v6 = %agent.overlay_v6(),
@@ -522,6 +528,9 @@ impl<'a> Node<'a> {
         let Some(leaving) = self.leaving.take() else { return Ended::Terminated };
         let mut departure = Departure { config: leaving.config, waiting: leaving.waiting, is_clean };
         if is_clean {
+            if let Err(error) = device::unmark(self.state.dir()) {
+                tracing::warn!("{error}");
+            }
             tracing::info!("mesh is off; nothing of it is left on this host");
         } else {
             for answer in departure.waiting.drain(..) {

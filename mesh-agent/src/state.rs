@@ -237,7 +237,8 @@ fn prepare_directory(dir: &Path) -> Result<(), StateError> {
     Ok(())
 }
 
-fn lock(dir: &Path) -> Result<File, StateError> {
+/// Keeps other agents out of the directory for as long as the file is open.
+pub fn lock(dir: &Path) -> Result<File, StateError> {
     let file = dir.join(LOCK);
     let failed = |source| StateError::Io { file: file.clone(), doing: "locked", source };
     let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(FILE_MODE).clone();

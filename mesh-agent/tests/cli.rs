@@ -9,6 +9,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread::JoinHandle;
 
 use mesh_agent::api::{self, ApiRequest};
+use mesh_agent::state::State;
 use mesh_agent::status::{API_VERSION, NodeState, NodeStatus, Status};
 use mesh_common::config::{Config, DiscoveryServer, Pin};
 use mesh_common::key::ClusterSecret;
@@ -427,6 +428,17 @@ fn status_exits_with_what_it_found() {
     let running = machine.run(&["cleanup"]);
     assert_eq!(running.code, 1);
     assert!(running.stderr.contains("an agent is running on"), "{}", running.stderr);
+}
+
+#[test]
+fn cleanup_keeps_away_from_an_agent_that_does_not_answer() {
+    let machine = Machine::new();
+    let state = State::open(&machine.path("state")).unwrap();
+    let refused = machine.run(&["cleanup"]);
+    assert_eq!(refused.code, 1, "{}", refused.stderr);
+    let words = format!("another agent (process {}) uses the state directory", std::process::id());
+    assert!(refused.stderr.contains(&words) && refused.stderr.contains("stopped"), "{}", refused.stderr);
+    drop(state);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::api::ApiError;
 use crate::dataplane::TunError;
+use crate::device::ApplyError;
 use crate::state::StateError;
 
 pub(super) const OK: u8 = 0;
@@ -27,6 +28,11 @@ pub(super) struct NeverJoined {
     pub(super) code: u8,
 }
 
+/// What a cleanup had to leave on the host.
+#[derive(Debug, thiserror::Error)]
+#[error("not all could be removed:{}", .0.iter().map(|error| format!("\n  {error}")).collect::<String>())]
+pub(super) struct NotRemoved(pub(super) Vec<ApplyError>);
+
 pub(super) fn code_of(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         if cause.is::<UsageError>() {
@@ -39,6 +45,11 @@ pub(super) fn code_of(error: &anyhow::Error) -> u8 {
             Some(ApiError::NotRunning { .. }) => return NOT_RUNNING,
             Some(ApiError::Permission { .. }) => return PERMISSION,
             _ => {}
+        }
+        if let Some(NotRemoved(failed)) = cause.downcast_ref()
+            && failed.iter().any(ApplyError::lacks_permission)
+        {
+            return PERMISSION;
         }
         let not_ours = matches!(cause.downcast_ref(), Some(StateError::NotOurs { .. }));
         let no_link = matches!(cause.downcast_ref(), Some(TunError::NotPermitted { .. }));

@@ -7,9 +7,11 @@ use anyhow::{Context, bail};
 use mesh_common::config::set_enabled;
 
 use super::config_file::{self, InvalidConfig};
+use super::exit::NotRemoved;
 use super::{Global, block_on, print};
 use crate::api::{ApiError, client};
 use crate::status::NodeState;
+use crate::{device, state};
 
 /// How long the agent may take to remove everything.
 const DOWN_TIMEOUT: Duration = Duration::from_secs(20);
@@ -52,15 +54,20 @@ pub(super) fn leave(global: &Global) -> anyhow::Result<u8> {
 }
 
 pub(super) fn cleanup(global: &Global) -> anyhow::Result<u8> {
-    let settings = global.settings();
+    // The state directory decides whose leftovers are removed: no guess where the configuration cannot be read.
+    let config = config_file::read(&global.config)?.map(|read| read.config).unwrap_or_default();
+    let settings = global.options().settings(&config);
     match block_on(client::status(&settings.socket))? {
         Err(ApiError::NotRunning { .. }) => {}
         Err(error @ ApiError::Permission { .. }) => return Err(error.into()),
         _ => bail!("an agent is running on {}: use `mesh-agent down`, or stop it first", settings.socket.display()),
     }
-    let config = config_file::read(&global.config)?.map(|read| read.config).unwrap_or_default();
-    let link = config.mesh.interface_name;
-    let report = block_on(crate::device::cleanup(link.as_str(), &settings.state_dir))??;
+    // An agent that is starting, or has another socket, does not answer. Where none ever ran there is no directory.
+    let _lock = match settings.state_dir.is_dir() {
+        true => Some(state::lock(&settings.state_dir).context("cleanup is for root, and for an agent that stopped")?),
+        false => None,
+    };
+    let report = block_on(device::cleanup(&settings.state_dir))??;
     for removed in &report.removed {
         print(&format!("removed {removed}\n"))?;
     }
@@ -71,7 +78,7 @@ pub(super) fn cleanup(global: &Global) -> anyhow::Result<u8> {
         Err(error) => bail!("cannot remove {}: {error}", settings.socket.display()),
     }
     if !report.failed.is_empty() {
-        bail!("not all could be removed:\n  {}", report.failed.join("\n  "));
+        return Err(NotRemoved(report.failed).into());
     }
     print("nothing of the mesh is left on this host\n")
 }

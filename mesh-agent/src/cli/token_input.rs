@@ -56,11 +56,12 @@ fn text_of(source: impl Read) -> io::Result<Zeroizing<String>> {
 fn prompt(what: &str) -> anyhow::Result<Zeroizing<String>> {
     let stdin = io::stdin();
     let mut stderr = io::stderr();
-    write!(stderr, "Paste the {what} (it is not shown), then press Enter: ")?;
-    stderr.flush()?;
     let mut line = Zeroizing::new(String::new());
     {
+        // Before the question: hiding drops what was typed until then.
         let _hidden = Hidden::start(&stdin)?;
+        write!(stderr, "Paste the {what} (it is not shown), then press Enter: ")?;
+        stderr.flush()?;
         stdin.read_line(&mut line)?;
     }
     writeln!(stderr)?;

@@ -1,86 +1,118 @@
-//! Removes everything of ours from the host without a running agent.
+//! Removes everything of ours from the host when no node is on.
 //!
-//! Owns nothing new: the link by name and kind, the table, the rules, the packet filter table, the
-//! loosened filters. Leaves all else, and goes on
-//! after a failure so that one obstacle leaves as little as possible behind. Done twice it finds nothing.
+//! Owns the mark `on-host` in the state directory: it is there from before a node's first change of the host until all
+//! was removed, so that a start with the mesh off knows its own leftovers from another agent's. Removes the routes of our
+//! table, the rules, the packet filter table and the loosened filters, and no link: an agent's link dies with its process.
+//! One that stands shows that an agent is on in this network namespace, whose all the rest is then: refused. Goes on after
+//! a failure so that one obstacle leaves as little as possible behind. Done twice it finds nothing.
 
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use mesh_proto::device::Family;
+use rtnetlink::Handle;
 
 use super::rp_filter::Loosened;
 use super::{ApplyError, Netlink, doing, link, nft, routes, rules};
+
+const MARK: &str = "on-host";
 
 /// What a cleanup did, for a human.
 #[derive(Debug, Default)]
 #[must_use = "tell what could not be removed"]
 pub struct CleanupReport {
     pub removed: Vec<String>,
-    /// What could not be removed, and why.
-    pub failed: Vec<String>,
+    pub failed: Vec<ApplyError>,
 }
 
-/// Must be called inside a tokio runtime, with no agent running.
-pub async fn cleanup(link_name: &str, state_dir: &Path) -> Result<CleanupReport, ApplyError> {
+/// Removes what a node left. The caller holds the lock of the state directory, if there is one, and is inside a tokio
+/// runtime.
+pub async fn cleanup(state_dir: &Path) -> Result<CleanupReport, ApplyError> {
     let netlink = Netlink::open().map_err(doing(|| "open a netlink socket".into()))?;
     let handle = &netlink.handle;
-    let mut report = CleanupReport::default();
-
     let links = link::dump(handle).await.map_err(doing(|| "list the links".into()))?;
-    if let Some(link) = links.iter().find(|link| link.name == link_name) {
-        if link.kind.as_deref() == Some("tun") {
-            let result = link::delete(handle, link.index).await.map_err(doing(|| format!("delete link {link_name}")));
-            report.note(result, || format!("link {link_name}"));
-        } else {
-            let kind = link.kind.as_deref().unwrap_or("hardware");
-            report
-                .failed
-                .push(format!("link {link_name} is of kind {kind}, which mesh-agent does not make: left alone"));
-        }
+    if let Some(link) = links.into_iter().find(|link| link.is_of_an_agent) {
+        return Err(ApplyError::AgentIsOn { link: link.name });
     }
-
-    let listed = routes::dump(handle).await.map_err(doing(|| "list the routes".into()))?;
-    let count = listed.len();
-    let mut result = Ok(());
-    for message in listed {
-        if let Err(error) = routes::delete(handle, routes::for_removal(message)).await {
-            result = Err(doing(|| "remove a route of table 818".into())(error));
-        }
-    }
-    if count > 0 {
-        report.note(result, || format!("{count} routes of table 818"));
-    }
-
+    let mut report = CleanupReport::default();
+    report.note(remove_nftables().await);
+    report.note(remove_routes(handle).await);
     for family in Family::ALL {
-        let count = rules::ours(handle, family).await.map_err(doing(|| "list the rules".into()))?.len();
-        if count > 0 {
-            let result = rules::remove(handle, family).await.map_err(doing(|| format!("remove the {family:?} rule")));
-            report.note(result, || format!("{family:?} rule of priority 1110"));
-        }
+        report.note(remove_rule(handle, family).await);
     }
-
-    if nft::exists().await {
-        let result = nft::remove().await.map_err(doing(|| "remove the nftables table inet meshspan".into()));
-        report.note(result, || "nftables table inet meshspan".into());
-    }
-
     match Loosened::load(state_dir) {
         Ok(mut loosened) => {
             for name in loosened.names() {
-                let result = loosened.restore(handle, &name).await;
-                report.note(result, || format!("rp_filter of {name} restored"));
+                let restored = loosened.restore(handle, &name).await;
+                report.note(restored.map(|()| Some(format!("rp_filter of {name} restored"))));
             }
         }
-        Err(error) => report.failed.push(error.to_string()),
+        Err(error) => report.failed.push(error.into()),
+    }
+    if report.failed.is_empty() {
+        report.note(unmark(state_dir).map(|()| None));
     }
     Ok(report)
 }
 
+/// Notes that from now on the host may have something of the node of this state directory. Not synced: a power failure
+/// takes everything on the host with it.
+pub fn mark(state_dir: &Path) -> io::Result<()> {
+    OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(state_dir.join(MARK)).map(drop)
+}
+
+/// The last run with this state directory was not followed by a removal of everything.
+pub fn is_marked(state_dir: &Path) -> bool {
+    state_dir.join(MARK).exists()
+}
+
+/// Notes that nothing of this state directory's node is on the host.
+pub fn unmark(state_dir: &Path) -> Result<(), ApplyError> {
+    let file = state_dir.join(MARK);
+    match fs::remove_file(&file) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ApplyError::Mark { file, source }),
+        _ => Ok(()),
+    }
+}
+
+async fn remove_routes(handle: &Handle) -> Result<Option<String>, ApplyError> {
+    let listed = routes::dump(handle).await.map_err(doing(|| "list the routes".into()))?;
+    let count = listed.len();
+    let mut result = Ok(());
+    for message in listed {
+        let removed = routes::delete(handle, routes::for_removal(message)).await;
+        result = result.and(removed);
+    }
+    result.map_err(doing(|| "remove the routes of table 818".into()))?;
+    Ok((count > 0).then(|| format!("{count} routes of table 818")))
+}
+
+async fn remove_rule(handle: &Handle, family: Family) -> Result<Option<String>, ApplyError> {
+    let ours = rules::ours(handle, family).await.map_err(doing(|| "list the rules".into()))?;
+    if ours.is_empty() {
+        return Ok(None);
+    }
+    rules::remove(handle, family).await.map_err(doing(|| format!("remove the {family:?} rule")))?;
+    Ok(Some(format!("{family:?} rule of priority 1110")))
+}
+
+async fn remove_nftables() -> Result<Option<String>, ApplyError> {
+    // Listing takes the right to remove. Without it the rules tell, which anyone may list and which go after the table.
+    if !nft::exists().await {
+        return Ok(None);
+    }
+    nft::remove().await.map_err(doing(|| "remove the nftables table inet meshspan".into()))?;
+    Ok(Some("nftables table inet meshspan".into()))
+}
+
 impl CleanupReport {
-    fn note(&mut self, result: Result<(), ApplyError>, what: impl FnOnce() -> String) {
+    /// `None` = there was nothing to do.
+    fn note(&mut self, result: Result<Option<String>, ApplyError>) {
         match result {
-            Ok(()) => self.removed.push(what()),
-            Err(error) => self.failed.push(error.to_string()),
+            Ok(what) => self.removed.extend(what),
+            Err(error) => self.failed.push(error),
         }
     }
 }

@@ -64,6 +64,9 @@ const VIRTUAL_KINDS: [&str; 21] = [
     "bareudp",
 ];
 
+/// The alias of a link that an agent made. It dies with the process, so one that stands shows an agent that is on.
+const ALIAS: &str = "meshspan";
+
 /// One link as the kernel shows it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct HostLink {
@@ -78,6 +81,7 @@ pub(super) struct HostLink {
     pub(super) controller: Option<u32>,
     /// The link's own reverse path filter, `all` left out.
     pub(super) rp_filter: u8,
+    pub(super) is_of_an_agent: bool,
 }
 
 /// One address on some link.
@@ -181,6 +185,7 @@ fn up(index: u32, mtu: u16) -> LinkMessage {
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
     message.attributes.push(LinkAttribute::Mtu(mtu.into()));
+    message.attributes.push(LinkAttribute::IfAlias(ALIAS.into()));
     message
 }
 
@@ -229,6 +234,7 @@ impl HostLink {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                LinkAttribute::IfAlias(alias) => link.is_of_an_agent = alias == ALIAS,
                 LinkAttribute::Controller(index) => link.controller = Some(index),
                 LinkAttribute::LinkInfo(infos) => {
                     link.kind = infos.iter().find_map(|info| match info {

@@ -42,7 +42,7 @@ pub(super) async fn set(handle: &Handle, index: u32, name: &str, value: u8) -> R
     let path = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
     fs::write(&path, value.to_string()).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            ApplyError::NotPermitted { sysctl: sysctl(name) }
+            ApplyError::NotPermitted { sysctl: sysctl(name), value }
         }
         io::ErrorKind::NotFound => ApplyError::NoLink { name: name.to_owned() },
         _ => ApplyError::Kernel { what: format!("write {path}"), source: error },

@@ -351,9 +351,10 @@ fn a_link_of_our_name_that_is_not_ours_is_named_and_left_alone() {
         let error = device.observe().await.unwrap_err().to_string();
         assert!(error.contains("mesh0") && error.contains("veth") && error.contains("interfaceName"), "{error}");
         device.apply(&Action::DeleteLink { name: NAME.into() }).await.unwrap();
-        let report = cleanup(NAME, lab.state.path()).await.unwrap();
-        assert_eq!(report.failed.len(), 1, "{report:?}");
-        assert!(lab.link(NAME).await.is_some());
+        let _foreign = tun("mesh1");
+        let report = cleanup(lab.state.path()).await.unwrap();
+        assert!(report.removed.is_empty() && report.failed.is_empty(), "{report:?}");
+        assert!(lab.link(NAME).await.is_some() && lab.link("mesh1").await.is_some());
         assert!(matches!(device.configure_link(&mesh_link()).await, Err(ApplyError::NoLink { .. })));
         assert!(matches!(device.apply(&Action::AddRoute(dev("10.1.0.0/16"))).await, Err(ApplyError::NoLink { .. })));
     });
@@ -416,14 +417,26 @@ fn cleanup_leaves_the_host_as_it_was() {
     in_namespace("cleanup_leaves_the_host_as_it_was", async |lab| {
         lab.set_sysctl("eth0", 1);
         let before = lab.snapshot().await;
-        let (mut device, _tun) = lab.device_with_link().await;
+        mark(lab.state.path()).unwrap();
+        let (mut device, tun) = lab.device_with_link().await;
         apply_all(&mut device, &routes_of_all_shapes()).await;
         device.apply(&Action::LoosenRpFilter { link: "eth0".into() }).await.unwrap();
-        assert_ne!(lab.snapshot().await, before);
-        let report = cleanup(NAME, lab.state.path()).await.unwrap();
-        assert_eq!(report.failed, Vec::<String>::new());
+        let whole = lab.snapshot().await;
+        assert_ne!(whole, before);
+        // Also one of another state directory, whose lock this one is not.
+        let other = tempfile::tempdir().unwrap();
+        for state in [lab.state.path(), other.path()] {
+            let error = cleanup(state).await.unwrap_err();
+            assert!(matches!(&error, ApplyError::AgentIsOn { link } if link == NAME), "{error:?}");
+        }
+        assert!(lab.snapshot().await == whole && is_marked(lab.state.path()), "an agent that is on keeps everything");
+
+        drop(tun);
+        let report = cleanup(lab.state.path()).await.unwrap();
+        assert!(report.failed.is_empty(), "{report:?}");
         assert_eq!(lab.snapshot().await, before);
-        let again = cleanup(NAME, lab.state.path()).await.unwrap();
+        assert!(!is_marked(lab.state.path()));
+        let again = cleanup(lab.state.path()).await.unwrap();
         assert!(again.removed.is_empty() && again.failed.is_empty(), "{again:?}");
     });
 }
@@ -433,6 +446,13 @@ fn without_the_capability_each_error_says_what_is_needed() {
     in_namespace("without_the_capability", async |lab| {
         let (mut device, _tun) = lab.device_with_link().await;
         lab.set_sysctl("all", 1);
+        device.apply(&Action::AddRule(Family::V4)).await.unwrap();
+        device.apply(&Action::AddRoute(floor("10.1.0.0/16"))).await.unwrap();
+        let left = lab.state.path().join("left");
+        fs::create_dir(&left).unwrap();
+        fs::write(left.join("loosened.json"), r#"{"wire0":0}"#).unwrap();
+        lab.set_sysctl("wire0", 2);
+        mark(&left).unwrap();
         fs::set_permissions(lab.state.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
         // SAFETY: the raw call changes this thread only, and the thread ends with the test.
         let result = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
@@ -451,9 +471,15 @@ fn without_the_capability_each_error_says_what_is_needed() {
         }
         let error = device.apply(&Action::LoosenRpFilter { link: "eth0".into() }).await.unwrap_err();
         assert!(
-            matches!(&error, ApplyError::NotPermitted { sysctl } if sysctl == "net.ipv4.conf.eth0.rp_filter"),
+            matches!(&error, ApplyError::NotPermitted { sysctl, value: 2 } if sysctl == "net.ipv4.conf.eth0.rp_filter"),
             "{error:?}"
         );
+        let report = cleanup(&left).await.unwrap();
+        assert_eq!((report.removed.len(), report.failed.len()), (0, 3), "{report:?}");
+        assert!(report.failed.iter().all(ApplyError::lacks_permission), "{report:?}");
+        let fix = "set net.ipv4.conf.wire0.rp_filter = 0 on the host";
+        assert!(report.failed.iter().any(|error| error.to_string().ends_with(fix)), "{report:?}");
+        assert!(is_marked(&left), "what is still there is remembered");
         assert_eq!(device.loosened.names(), Vec::<String>::new(), "nothing to undo");
         // Reading needs no capability.
         device.observe().await.unwrap();
