@@ -24,6 +24,8 @@ const LABEL_RECORD: &[u8] = b"meshspan/v1 record";
 const LABEL_MEMBERSHIP: &[u8] = b"meshspan/v1 membership";
 const LABEL_PSK_ROOT: &[u8] = b"meshspan/v1 psk";
 const LABEL_PAIR_PSK: &[u8] = b"meshspan/v1 pair psk";
+const LABEL_PROBE_ROOT: &[u8] = b"meshspan/v1 probe root";
+const LABEL_PROBE: &[u8] = b"meshspan/v1 probe";
 const LABEL_WG_PROOF: &str = "meshspan/v1 wg";
 
 /// 32 random bytes that make a node a member of one cluster. Made on a node, never on a server.
@@ -76,6 +78,7 @@ impl ClusterSecret {
             membership: SignKey(membership),
             record: Key32(expand(&hkdf, LABEL_RECORD)),
             psk_root: Key32(expand(&hkdf, LABEL_PSK_ROOT)),
+            probe_root: Key32(expand(&hkdf, LABEL_PROBE_ROOT)),
         }
     }
 }
@@ -96,6 +99,7 @@ pub struct ClusterKeys {
     /// XChaCha20-Poly1305 key of records.
     pub record: Key32,
     psk_root: Key32,
+    probe_root: Key32,
 }
 
 impl ClusterKeys {
@@ -107,6 +111,46 @@ impl ClusterKeys {
         hkdf.expand_multi_info(&[LABEL_PAIR_PSK, &low.0.0, &low.1.0, &high.0.0, &high.1.0], &mut key)
             .expect("32 bytes are within HKDF-SHA256's limit");
         PresharedKey(key)
+    }
+
+    /// The keys of probes between this node and a peer, both ways. `None` when the peer's key is of small order: what is
+    /// derived from it is no secret.
+    pub fn probe_keys(&self, own: (NodeId, &WgSecret), peer: (NodeId, WgPublicKey)) -> Option<ProbeKeys> {
+        let shared = own.1.x25519().diffie_hellman(&x25519_dalek::PublicKey::from(peer.1.0));
+        if !shared.was_contributory() {
+            return None;
+        }
+        let hkdf = Hkdf::<Sha256>::new(Some(&self.probe_root.0), shared.as_bytes());
+        Some(ProbeKeys {
+            send: ProbeKey::expand(&hkdf, &own.0, &peer.0),
+            receive: ProbeKey::expand(&hkdf, &peer.0, &own.0),
+        })
+    }
+}
+
+/// The keys of probes between two nodes.
+#[derive(Clone, Debug)]
+pub struct ProbeKeys {
+    pub send: ProbeKey,
+    pub receive: ProbeKey,
+}
+
+/// The key of probes in one direction, and the tag by which the receiver knows whose key to take.
+#[derive(Clone)]
+pub struct ProbeKey {
+    pub key: Key32,
+    pub tag: [u8; 8],
+}
+
+impl ProbeKey {
+    fn expand(hkdf: &Hkdf<Sha256>, sender: &NodeId, receiver: &NodeId) -> Self {
+        let mut bytes = Zeroizing::new([0; 40]);
+        hkdf.expand_multi_info(&[LABEL_PROBE, &sender.0, &receiver.0], bytes.as_mut())
+            .expect("40 bytes are within HKDF-SHA256's limit");
+        let (mut key, mut tag) = ([0; 32], [0; 8]);
+        key.copy_from_slice(&bytes[..32]);
+        tag.copy_from_slice(&bytes[32..]);
+        Self { key: Key32(key), tag }
     }
 }
 
@@ -236,7 +280,7 @@ macro_rules! redacted {
     )*};
 }
 
-redacted!(ClusterSecret, Key32, PresharedKey, SignKey, WgSecret);
+redacted!(ClusterSecret, Key32, PresharedKey, ProbeKey, SignKey, WgSecret);
 
 impl fmt::Display for WgPublicKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -297,6 +341,28 @@ mod tests {
         assert_eq!(keys.pair_psk(a, b), keys.pair_psk(b, a));
         assert_ne!(keys.pair_psk(a, b), keys.pair_psk(a, c));
         assert_ne!(keys.pair_psk(a, b), secret(8).derive().pair_psk(a, b));
+    }
+
+    #[test]
+    fn probe_keys_are_one_per_direction_and_pair() {
+        let [(a, a_wg), (b, b_wg), (c, c_wg)] = [1, 2, 3].map(|n| (NodeId([n; 32]), WgSecret::from_seed(&[n; 32])));
+        let keys = secret(9).derive();
+        let at_a = keys.probe_keys((a, &a_wg), (b, b_wg.public())).unwrap();
+        let at_b = keys.probe_keys((b, &b_wg), (a, a_wg.public())).unwrap();
+        let bytes = |key: &ProbeKey| (*key.key.as_bytes(), key.tag);
+        assert_eq!(bytes(&at_a.send), bytes(&at_b.receive));
+        assert_eq!(bytes(&at_a.receive), bytes(&at_b.send));
+        assert_ne!(at_a.send.tag, at_a.receive.tag);
+        let other_pair = keys.probe_keys((a, &a_wg), (c, c_wg.public())).unwrap();
+        let other_cluster = secret(8).derive().probe_keys((a, &a_wg), (b, b_wg.public())).unwrap();
+        for other in [&other_pair.send, &other_cluster.send, &at_a.receive] {
+            assert_ne!(at_a.send.key.as_bytes(), other.key.as_bytes());
+            assert_ne!(at_a.send.tag, other.tag);
+        }
+        // Points of small order (RFC 7748, 7): the shared secret is all zeros.
+        for small_order in [[0; 32], std::array::from_fn(|at| u8::from(at == 0))] {
+            assert!(keys.probe_keys((a, &a_wg), (b, WgPublicKey(small_order))).is_none());
+        }
     }
 
     #[test]

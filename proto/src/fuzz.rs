@@ -4,11 +4,13 @@
 //! any input and needs no setup. A new decoder gets a body here, a line in [`TARGETS`], a target in `proto/fuzz` and a corpus.
 
 use bytes::Bytes;
-use mesh_common::key::{ClusterKeys, ClusterSecret};
+use mesh_common::id::NodeId;
+use mesh_common::key::{ClusterKeys, ClusterSecret, ProbeKey, WgSecret};
 
 use crate::sealed;
 use crate::wire::demux::{self, Datagram};
 use crate::wire::frame::Frame;
+use crate::wire::probe::{self as wire_probe, MAX_PROBE, MIN_PROBE};
 use crate::wire::record::{DecodeRecordError, Record};
 use crate::wire::session::{ClientMessage, DecodeError, Deframer, ServerMessage, enframe};
 use crate::wire::stun;
@@ -16,13 +18,14 @@ use crate::wire::stun;
 /// A body by the name of its target and corpus directory.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     ("frame", frame),
     ("record", record),
     ("client_message", client_message),
     ("server_message", server_message),
     ("deframer", deframer),
     ("datagram", datagram),
+    ("probe", probe),
 ];
 
 /// A frame is kept byte for byte, and one that opens was signed by the node it names.
@@ -87,6 +90,19 @@ pub fn datagram(data: &[u8]) {
     }
 }
 
+/// A probe that opens, or a plaintext that parses, is sealed to a datagram that opens to the same.
+pub fn probe(data: &[u8]) {
+    let key = probe_key();
+    let sealed = wire_probe::open(&key, data).ok();
+    assert!(
+        sealed.is_none() || (MIN_PROBE..=MAX_PROBE).contains(&data.len()) && wire_probe::tag(data) == Some(key.tag)
+    );
+    for opened in sealed.into_iter().chain(wire_probe::parse(data)) {
+        let again = wire_probe::seal(&key, &opened.instance, opened.counter, [7; 24], &opened.probe, None);
+        assert_eq!(wire_probe::open(&key, &again), Ok(opened));
+    }
+}
+
 /// All messages until the stream ends or breaks.
 fn messages<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Bytes> {
     let mut deframer = Deframer::default();
@@ -103,4 +119,11 @@ fn messages<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Bytes> {
 /// The cluster that the corpus was sealed in: the secret is public by design.
 fn keys() -> ClusterKeys {
     ClusterSecret::from_bytes(*b"a secret for fuzzing, not secret").derive()
+}
+
+/// The key that the corpus of probes was sealed with.
+fn probe_key() -> ProbeKey {
+    let [(a, a_wg), (b, b_wg)] = [1, 2].map(|n| (NodeId([n; 32]), WgSecret::from_seed(&[n; 32])));
+    let keys = keys().probe_keys((a, &a_wg), (b, b_wg.public()));
+    keys.expect("the key of a seed is not of small order").send
 }

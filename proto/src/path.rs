@@ -1,3 +1,4 @@
 //! Where a peer can be reached: candidates, and which of them carries.
 
 pub mod agent;
+pub mod replay;

@@ -4,6 +4,7 @@ pub mod address;
 pub mod codec;
 pub mod demux;
 pub mod frame;
+pub mod probe;
 pub mod record;
 pub mod session;
 pub mod stun;

@@ -15,6 +15,7 @@ use mesh_common::key::{ClusterKeys, ClusterSecret, PresharedKey, SignKey, WgProo
 use mesh_common::nat::{Filtering, Mapping, NatClass};
 use mesh_proto::sealed::{self, Opened};
 use mesh_proto::wire::frame::{Frame, Kind};
+use mesh_proto::wire::probe::{self, Call, OpenProbeError, Opened as OpenedProbe, Probe};
 use mesh_proto::wire::record::{Candidate, CandidateKind, DecodeRecordError, OverlayV4, PrefixClaim, Record};
 use mesh_proto::wire::session::{
     ALPN, Binding, ClientMessage, Cursor, DecodeError, Deframer, EXPORTER_LABEL, ErrorCode, Hello, ServerMessage,
@@ -165,6 +166,63 @@ fn stun_messages_have_these_bytes() {
     }
 }
 
+#[test]
+fn probes_are_sealed_and_refused_as_written() {
+    let vectors = parse(include_str!("vectors/probes.json"));
+    let sealed_by = |pair: &Value, own: &str, peer: &str| {
+        let keys = cluster(&pair["secret"]);
+        let secret = WgSecret::from_seed(&array(&pair[own]["wg_seed"]));
+        let peer = (node(&pair[peer]["node"]), WgPublicKey(array(&pair[peer]["wg_key"])));
+        keys.probe_keys((node(&pair[own]["node"]), &secret), peer).unwrap()
+    };
+    for pair in list(&vectors["pairs"]) {
+        let keys = sealed_by(pair, "a", "b");
+        for (key, vector) in [(&keys.send, &pair["a_to_b"]), (&keys.receive, &pair["b_to_a"])] {
+            assert_eq!((*key.key.as_bytes(), key.tag), (array(&vector["key"]), array(&vector["tag"])));
+        }
+    }
+    let pair = &vectors["pairs"][0];
+    let (send, receive) = (sealed_by(pair, "a", "b").send, sealed_by(pair, "b", "a").receive);
+    for vector in list(&vectors["probes"]) {
+        let (instance, counter, probe) =
+            (array(&vector["instance"]), number(&vector["counter"]), probe(&vector["probe"]));
+        let pad_to = vector["pad_to"].as_u64().map(|len| u16::try_from(len).unwrap());
+        let datagram = probe::seal(&send, &instance, counter, array(&vector["nonce"]), &probe, pad_to);
+        assert_eq!(hex(&datagram), text(&vector["datagram"]), "{probe:?}");
+        let opened = OpenedProbe { instance, counter, probe };
+        assert_eq!(probe::open(&receive, &bytes(&vector["datagram"])), Ok(opened));
+    }
+    for vector in list(&vectors["refused"]) {
+        let error = match text(&vector["error"]) {
+            "shape" => OpenProbeError::Shape,
+            "sealed" => OpenProbeError::Sealed,
+            "malformed" => OpenProbeError::Malformed,
+            other => panic!("{other}"),
+        };
+        assert_eq!(probe::open(&receive, &bytes(&vector["datagram"])), Err(error), "{}", vector["why"]);
+    }
+}
+
+fn probe(value: &Value) -> Probe {
+    let (kind, body) = value.as_object().unwrap().iter().next().unwrap();
+    let small = |value: &Value| u32::try_from(number(value)).unwrap();
+    match kind.as_str() {
+        "ping" => Probe::Ping { id: small(&body["id"]), heard: small(&body["heard"]) },
+        "pong" => Probe::Pong {
+            id: small(&body["id"]),
+            heard: small(&body["heard"]),
+            observed: body["observed"].as_str().map(|addr| addr.parse().unwrap()),
+        },
+        "call" => Probe::Call(Call {
+            answer_wanted: body["answer_wanted"].as_bool().unwrap(),
+            nat_v4: nat_class(&body["nat_v4"]),
+            nat_v6: nat_class(&body["nat_v6"]),
+            candidates: list(&body["candidates"]).iter().map(candidate).collect(),
+        }),
+        other => panic!("{other}"),
+    }
+}
+
 fn check_client(vector: &Value, message: ClientMessage) {
     assert_eq!(hex(&message.encode()), text(&vector["message"]), "{message:?}");
     assert_eq!(ClientMessage::decode(&bytes(&vector["message"])), Ok(message));
@@ -226,25 +284,6 @@ fn server_message(vector: &Value) -> ServerMessage {
 fn record(value: &Value) -> Record {
     let prefix = |value: &Value| text(value).parse().unwrap();
     let claim = |value: &Value| PrefixClaim { prefix: prefix(&value["prefix"]), since_ms: number(&value["since_ms"]) };
-    let nat = |value: &Value| NatClass {
-        mapping: [
-            Mapping::Unknown,
-            Mapping::EndpointIndependent,
-            Mapping::AddressDependent,
-            Mapping::AddressAndPortDependent,
-        ][usize::try_from(number(&value[0])).unwrap()],
-        filtering: [
-            Filtering::Unknown,
-            Filtering::EndpointIndependent,
-            Filtering::AddressDependent,
-            Filtering::AddressAndPortDependent,
-        ][usize::try_from(number(&value[1])).unwrap()],
-    };
-    let candidate = |value: &Value| Candidate {
-        kind: [CandidateKind::Host, CandidateKind::Static, CandidateKind::Reflexive, CandidateKind::Mapped]
-            [usize::try_from(number(&value["kind"])).unwrap()],
-        addr: addr(&value["addr"]),
-    };
     let byte = |value: &Value| u8::try_from(number(value)).unwrap();
     Record {
         wg_key: WgPublicKey(array(&value["wg_key"])),
@@ -258,8 +297,8 @@ fn record(value: &Value) -> Record {
         prefixes: list(&value["prefixes"]).iter().map(claim).collect(),
         excluded_prefixes: list(&value["excluded_prefixes"]).iter().map(prefix).collect(),
         candidates: list(&value["candidates"]).iter().map(candidate).collect(),
-        nat_v4: nat(&value["nat_v4"]),
-        nat_v6: nat(&value["nat_v6"]),
+        nat_v4: nat_class(&value["nat_v4"]),
+        nat_v6: nat_class(&value["nat_v6"]),
         instance: array(&value["instance"]),
         started_at_ms: number(&value["started_at_ms"]),
         valid_for: Duration::from_secs(number(&value["valid_for_s"])),
@@ -271,6 +310,31 @@ fn record(value: &Value) -> Record {
             .iter()
             .map(|ext| (u16::try_from(number(&ext["tag"])).unwrap(), bytes(&ext["value"])))
             .collect(),
+    }
+}
+
+fn nat_class(value: &Value) -> NatClass {
+    NatClass {
+        mapping: [
+            Mapping::Unknown,
+            Mapping::EndpointIndependent,
+            Mapping::AddressDependent,
+            Mapping::AddressAndPortDependent,
+        ][usize::try_from(number(&value[0])).unwrap()],
+        filtering: [
+            Filtering::Unknown,
+            Filtering::EndpointIndependent,
+            Filtering::AddressDependent,
+            Filtering::AddressAndPortDependent,
+        ][usize::try_from(number(&value[1])).unwrap()],
+    }
+}
+
+fn candidate(value: &Value) -> Candidate {
+    Candidate {
+        kind: [CandidateKind::Host, CandidateKind::Static, CandidateKind::Reflexive, CandidateKind::Mapped]
+            [usize::try_from(number(&value["kind"])).unwrap()],
+        addr: addr(&value["addr"]),
     }
 }
 

@@ -217,7 +217,7 @@ impl WireRecord {
     }
 }
 
-fn candidate_byte(kind: CandidateKind) -> u8 {
+pub(super) fn candidate_byte(kind: CandidateKind) -> u8 {
     match kind {
         CandidateKind::Host => 0,
         CandidateKind::Static => 1,
@@ -226,7 +226,7 @@ fn candidate_byte(kind: CandidateKind) -> u8 {
     }
 }
 
-fn candidate_kind(byte: u8) -> Option<CandidateKind> {
+pub(super) fn candidate_kind(byte: u8) -> Option<CandidateKind> {
     Some(match byte {
         0 => CandidateKind::Host,
         1 => CandidateKind::Static,
@@ -237,7 +237,7 @@ fn candidate_kind(byte: u8) -> Option<CandidateKind> {
 }
 
 /// Mapping, then filtering.
-fn nat_bytes(class: NatClass) -> [u8; 2] {
+pub(super) fn nat_bytes(class: NatClass) -> [u8; 2] {
     let mapping = match class.mapping {
         Mapping::Unknown => 0,
         Mapping::EndpointIndependent => 1,
@@ -253,7 +253,7 @@ fn nat_bytes(class: NatClass) -> [u8; 2] {
     [mapping, filtering]
 }
 
-fn nat_class([mapping, filtering]: [u8; 2]) -> Option<NatClass> {
+pub(super) fn nat_class([mapping, filtering]: [u8; 2]) -> Option<NatClass> {
     let mapping = match mapping {
         0 => Mapping::Unknown,
         1 => Mapping::EndpointIndependent,
