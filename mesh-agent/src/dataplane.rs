@@ -7,6 +7,7 @@
 //! Invariants:
 //! - Control publishes what the threads read: one immutable snapshot (peers, receiver index, allowed IPs) and per peer a
 //!   path. A thread loads them once a batch.
+//! - What goes over a relay leaves through control: the threads only queue it.
 //! - A tunnel's lock is taken once per batch and peer; with it held nothing is sent, received or waited for.
 //! - Bytes from the network cost a named counter ([`EngineStats`]), never a panic, and queues are bounded.
 //! - An inner packet goes to the host only if its source is in the allowed IPs of the peer whose tunnel opened it.
@@ -25,6 +26,7 @@ mod io;
 pub(crate) mod memory;
 mod outbound;
 mod peer;
+mod queues;
 mod shared;
 mod table;
 pub mod tun;
@@ -34,6 +36,7 @@ pub mod udp;
 pub use drops::EngineStats;
 pub use engine::{Clock, Engine};
 pub use io::{DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
+pub use queues::ControlDatagram;
 pub use tun::{Tun, TunError};
 pub use tunnel::{BoringTunnel, BoringTunnels, Refused, TunnelFactory};
 pub use udp::UdpSockets;

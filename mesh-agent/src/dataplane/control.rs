@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
 use mesh_proto::wg::{DropReason, MIN_BUFFER, OVERHEAD, Opened, Tunnel};
@@ -13,7 +14,8 @@ use super::inbound::flush;
 use super::index;
 use super::io::{DatagramSocket, MAX_PACKET, Packed, PacketDevice};
 use super::peer::{Peer, limited_as};
-use super::shared::{HandshakeMessage, Shared};
+use super::queues::HandshakeMessage;
+use super::shared::Shared;
 use super::table::PeerTable;
 use super::tunnel::{Refused, TunnelFactory};
 
@@ -30,13 +32,17 @@ impl Outbox {
         Self { datagrams: Packed::new(OUT_BYTES) }
     }
 
-    fn send<T, D, S>(&mut self, shared: &Shared<T, D, S>)
+    /// Sends all, where it goes over a relay to `peer`.
+    fn send<T, D, S>(&mut self, shared: &Shared<T, D, S>, peer: Option<&WgPublicKey>)
     where
         T: Tunnel + 'static,
         D: PacketDevice,
         S: DatagramSocket,
     {
         shared.send_within(&self.datagrams, Duration::ZERO);
+        if let Some(peer) = peer {
+            shared.relay(peer, &self.datagrams, 0);
+        }
         self.datagrams.clear();
     }
 
@@ -55,7 +61,7 @@ impl Outbox {
         let Some(len) = peer.tunnel().start_handshake(spare, now).map(<[u8]>::len) else { return false };
         self.datagrams.push_each(len, targets);
         peer.used(now);
-        self.send(shared);
+        self.send(shared, Some(&peer.key));
         true
     }
 
@@ -81,7 +87,7 @@ impl Outbox {
             }
         }
         drop(tunnel);
-        self.send(shared);
+        self.send(shared, Some(&peer.key));
     }
 
     /// Handles one handshake message of the queue.
@@ -101,7 +107,7 @@ impl Outbox {
         if let Err(why) = refused {
             shared.drops.count(why);
         }
-        self.send(shared);
+        self.send(shared, None);
     }
 
     /// Finds the peer of a message, cheap checks first.

@@ -26,14 +26,14 @@ drops! {
     OutNotSealed = "out_not_sealed",
     /// The kernel did not take the datagram.
     OutNotSent = "out_not_sent",
+    /// The kernel did not take a probe or a STUN message, most often because there is no route to where it should go.
+    OutControlNotSent = "out_control_not_sent",
+    /// More came for relays than control hands on: the oldest went.
+    OutRelayQueueFull = "out_relay_queue_full",
     /// The socket failed to receive.
     InSocketError = "in_socket_error",
-    /// Neither WireGuard nor a protocol of ours.
+    /// Neither WireGuard nor a protocol of ours, or too long for what it looks like.
     InUnknown = "in_unknown",
-    /// A path probe; nobody here reads them.
-    InProbe = "in_probe",
-    /// A STUN message; nobody here reads them.
-    InStun = "in_stun",
     /// Of no tunnel of ours: an old session, or a guess.
     InUnknownIndex = "in_unknown_index",
     /// Not authentic.
@@ -47,6 +47,10 @@ drops! {
     InForeignSource = "in_foreign_source",
     /// The host did not take the packet, or there is no link.
     InNotDelivered = "in_not_delivered",
+    /// More probes and STUN messages came than control takes: this one was a probe.
+    ProbeQueueFull = "probe_queue_full",
+    /// The same, and this one was a STUN message.
+    StunQueueFull = "stun_queue_full",
     /// More handshake messages came than control takes.
     HandshakeQueueFull = "handshake_queue_full",
     /// A handshake message that is not for our key, or is not authentic.

@@ -3,19 +3,24 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
+use std::ops;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use bytes::Bytes;
+use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
 use mesh_common::limits::REJECT_AFTER_TIME;
 use mesh_common::time::Instant;
 use mesh_proto::device::{PeerCounters, PeerReport, PeerRoute, PeerSpec};
 
 use super::control::Outbox;
-use super::drops::EngineStats;
+use super::drops::{Drop, EngineStats};
 use super::io::{DatagramSocket, PacketDevice};
+use super::queues::ControlDatagram;
 use super::shared::Shared;
 use super::table::PeerTable;
 use super::tun::Tun;
@@ -90,7 +95,8 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
     }
 
     /// Where the packets of a peer go from now on; unknown peers are ignored. While there is a fan-out, data goes to where
-    /// the last handshake completed, if that is one of the route's endpoints, else to the primary.
+    /// the last handshake completed, if that is one of the route's endpoints, else to the primary; without one it goes
+    /// nowhere but where the route says. What goes over a relay comes out of [`Self::take_relayed`].
     pub fn set_route(&mut self, key: &WgPublicKey, route: &PeerRoute) {
         if let Some(peer) = self.peers.by_key(key) {
             peer.set_route(route);
@@ -129,7 +135,25 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         self.shared.drops.stats()
     }
 
-    /// Waits until [`Self::handle_control`] has something to do or the link is lost. Safe to drop at any time.
+    /// Datagrams to hand to relays, oldest first: each with its peer and the relay to reach it by.
+    pub fn take_relayed(&mut self) -> Vec<(WgPublicKey, ServerId, Bytes)> {
+        self.shared.control.take_relayed()
+    }
+
+    /// Probes and STUN messages that came since the last call.
+    pub fn take_control(&mut self) -> Vec<ControlDatagram> {
+        self.shared.control.take_datagrams()
+    }
+
+    /// Sends a probe or a STUN message from the socket that carries WireGuard; `ttl` = how many hops it may take at most.
+    /// What the kernel does not take is lost and counted.
+    pub fn send_raw(&mut self, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) {
+        if !self.shared.socket.send_one(to, datagram, ttl) {
+            self.shared.drops.count(Drop::OutControlNotSent);
+        }
+    }
+
+    /// Waits until [`Self::handle_control`] or a `take_*` has something to give, or the link is lost. Safe to drop at any time.
     pub async fn wait(&self) {
         self.shared.control.notify.notified().await;
     }
@@ -198,7 +222,7 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
     }
 }
 
-impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Drop for Engine<F, D, S> {
+impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> ops::Drop for Engine<F, D, S> {
     fn drop(&mut self) {
         self.stop();
     }

@@ -1,6 +1,6 @@
 //! UDP to TUN: find the tunnel by receiver index, open, check the inner source, hand to the host.
 //!
-//! Only transport data is opened here. Handshake messages go to control over a bounded queue.
+//! Only transport data is opened here. Handshake messages, probes and STUN go to control over bounded queues.
 
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use super::index;
 use super::inner::Inner;
 use super::io::{DatagramSocket, MAX_BATCH, MAX_PACKET, Packed, PacketDevice, Received};
 use super::peer::{Peer, limited_as};
+use super::queues::MAX_CONTROL_DATAGRAM;
 use super::shared::{Shared, Snapshot};
 
 /// Pause after the socket failed, so that a lasting failure does not take a core.
@@ -103,9 +104,13 @@ impl Batch {
                         shared.drops.count(Drop::HandshakeQueueFull);
                     }
                 }
-                Datagram::Probe => shared.drops.count(Drop::InProbe),
-                Datagram::Stun => shared.drops.count(Drop::InStun),
-                Datagram::Unknown => shared.drops.count(Drop::InUnknown),
+                kind @ (Datagram::Probe | Datagram::Stun) if datagram.len() <= MAX_CONTROL_DATAGRAM => {
+                    if !shared.control.queue_datagram(source, datagram) {
+                        let is_probe = kind == Datagram::Probe;
+                        shared.drops.count(if is_probe { Drop::ProbeQueueFull } else { Drop::StunQueueFull });
+                    }
+                }
+                Datagram::Probe | Datagram::Stun | Datagram::Unknown => shared.drops.count(Drop::InUnknown),
             }
         }
         self.order.sort_unstable();

@@ -35,8 +35,12 @@ pub trait DatagramSocket: Send + Sync + 'static {
     /// Takes what has arrived, at most a batch, in place of what `batch` held.
     fn receive(&self, batch: &mut Received) -> io::Result<()>;
 
-    /// Sends all datagrams with a UDP address and says how many left. Waits up to `patience` for a full send buffer.
+    /// Sends all datagrams with a UDP address and says how many of them did not leave; relayed ones are not its own. Waits up
+    /// to `patience` for a full send buffer.
     fn send(&self, batch: &Packed<Endpoint>, patience: Duration) -> usize;
+
+    /// Sends one datagram, if it may with this many hops at most, and never waits. False when it did not leave.
+    fn send_one(&self, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) -> bool;
 }
 
 /// A batch that grows by appending into one block: packets, or datagrams with their destination.

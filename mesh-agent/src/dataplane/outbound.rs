@@ -3,6 +3,7 @@
 //! Packets are read until the device has no more or the batch is full, so batches form under load and a lone packet never
 //! waits. They leave in the order they came, per peer.
 
+use std::iter;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -111,7 +112,8 @@ fn seal_all<'p, T, D, S>(
     S: DatagramSocket,
 {
     let path = peer.path();
-    let target = path.data_target();
+    let (target, second) = (path.data_target(), path.second_target());
+    let first = sealed.len();
     let (mut sent, mut bytes, mut demand) = (0, 0, false);
     let mut tunnel = peer.tunnel();
     for packet in packets {
@@ -122,7 +124,7 @@ fn seal_all<'p, T, D, S>(
         match (tunnel.seal(packet, spare, now), target) {
             (Sealed::Data(datagram), Some(target)) => {
                 let len = datagram.len();
-                sealed.push(len, target);
+                sealed.push_each(len, iter::once(target).chain(second));
                 sent += 1;
                 bytes += packet.len() as u64;
             }
@@ -142,6 +144,9 @@ fn seal_all<'p, T, D, S>(
     drop(tunnel);
     peer.used(now);
     peer.count_sent(sent, bytes, now);
+    if path.has_relay() {
+        shared.relay(&peer.key, sealed, first);
+    }
     if demand && peer.note_demand(now) {
         shared.control.report(peer);
     }

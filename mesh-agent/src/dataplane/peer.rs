@@ -58,17 +58,28 @@ impl Path {
         }
     }
 
+    /// Where data goes as well.
+    pub(super) fn second_target(&self) -> Option<Endpoint> {
+        self.route.second.filter(|second| self.data_target() != Some(*second))
+    }
+
     pub(super) fn handshake_targets(&self) -> BTreeSet<Endpoint> {
-        let known = self.route.primary.into_iter().chain(self.proven);
-        known.chain(self.route.handshake_fan_out.iter().copied()).collect()
+        endpoints(&self.route).chain(self.proven).collect()
+    }
+
+    /// Whether anything may go out over a relay.
+    pub(super) fn has_relay(&self) -> bool {
+        endpoints(&self.route).chain(self.proven).any(Endpoint::is_relay)
     }
 
     fn follows(&self, route: &PeerRoute) -> bool {
-        self.proven.is_none_or(|proven| {
-            let nowhere = route.primary.is_none() && route.handshake_fan_out.is_empty();
-            nowhere || route.primary == Some(proven) || route.handshake_fan_out.contains(&proven)
-        })
+        let is_nowhere = endpoints(route).next().is_none();
+        is_nowhere || self.proven.is_none_or(|proven| endpoints(route).any(|endpoint| endpoint == proven))
     }
+}
+
+fn endpoints(route: &PeerRoute) -> impl Iterator<Item = Endpoint> {
+    route.primary.into_iter().chain(route.second).chain(route.handshake_fan_out.iter().copied())
 }
 
 #[derive(Debug, Default)]

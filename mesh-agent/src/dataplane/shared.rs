@@ -1,31 +1,28 @@
 //! What control and the two threads share.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh_common::allowed_ips::AllowedIps;
+use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
 use mesh_proto::wg::Tunnel;
-use mesh_proto::wire::demux::WireGuardKind;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use tokio::sync::Notify;
 
 use super::drops::{Drop, Drops};
 use super::engine::Clock;
 use super::index::IndexTable;
 use super::io::{DatagramSocket, Packed, PacketDevice};
 use super::peer::Peer;
+use super::queues::Queues;
 
-/// Handshake messages that wait for control: what it does in about 50 ms.
-pub(super) const CONTROL_QUEUE: usize = 256;
 /// How long a thread waits for the kernel's send buffer before it drops.
 const SEND_PATIENCE: Duration = Duration::from_millis(100);
 
@@ -36,7 +33,7 @@ pub(super) struct Shared<T, D, S> {
     pub(super) device: ArcSwapOption<D>,
     pub(super) socket: S,
     pub(super) drops: Drops,
-    pub(super) control: Control<T>,
+    pub(super) control: Queues<T>,
     pub(super) link_lost: AtomicBool,
     pub(super) outbound_waker: Waker,
     pub(super) inbound_waker: Waker,
@@ -72,7 +69,7 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
             device: ArcSwapOption::from_pointee(device),
             socket,
             drops: Drops::default(),
-            control: Control::default(),
+            control: Queues::default(),
             link_lost: AtomicBool::new(false),
             outbound_waker: Waker::new()?,
             inbound_waker: Waker::new()?,
@@ -84,15 +81,26 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
         (self.clock)()
     }
 
-    /// Sends from a data thread, which may wait for the kernel.
+    /// Sends from a data thread, which may wait for the kernel. What goes over relays is for [`Self::relay`].
     pub(super) fn send(&self, batch: &Packed<Endpoint>) {
         self.send_within(batch, SEND_PATIENCE);
     }
 
     pub(super) fn send_within(&self, batch: &Packed<Endpoint>, patience: Duration) {
         if !batch.is_empty() {
-            let sent = self.socket.send(batch, patience);
-            self.drops.add(Drop::OutNotSent, batch.len().saturating_sub(sent));
+            self.drops.add(Drop::OutNotSent, self.socket.send(batch, patience));
+        }
+    }
+
+    /// Hands control those of a batch's datagrams from `first` on that go to `peer` over a relay.
+    pub(super) fn relay(&self, peer: &WgPublicKey, batch: &Packed<Endpoint>, first: usize) {
+        let relayed = batch.iter().skip(first).filter_map(|(datagram, to)| match to {
+            Endpoint::Relay(server) => Some((server, datagram)),
+            Endpoint::Direct(_) => None,
+        });
+        let mut relayed = relayed.peekable();
+        if relayed.peek().is_some() {
+            self.drops.add(Drop::OutRelayQueueFull, self.control.queue_relayed(peer, relayed));
         }
     }
 
@@ -113,56 +121,6 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
-    }
-}
-
-/// What waits for control.
-pub(super) struct Control<T> {
-    pub(super) notify: Notify,
-    handshakes: Mutex<VecDeque<HandshakeMessage>>,
-    reporting: Mutex<Vec<Arc<Peer<T>>>>,
-}
-
-/// A handshake message with its source.
-#[derive(Debug)]
-pub(super) struct HandshakeMessage {
-    pub(super) kind: WireGuardKind,
-    pub(super) source: Endpoint,
-    /// At most the 148 bytes of an initiation: their lengths are fixed.
-    pub(super) bytes: Box<[u8]>,
-}
-
-impl<T> Default for Control<T> {
-    fn default() -> Self {
-        Self { notify: Notify::new(), handshakes: Mutex::default(), reporting: Mutex::default() }
-    }
-}
-
-impl<T> Control<T> {
-    /// False when the queue is full.
-    pub(super) fn queue_handshake(&self, kind: WireGuardKind, source: Endpoint, datagram: &[u8]) -> bool {
-        let mut queue = self.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
-        if queue.len() >= CONTROL_QUEUE {
-            return false;
-        }
-        queue.push_back(HandshakeMessage { kind, source, bytes: datagram.into() });
-        drop(queue);
-        self.notify.notify_one();
-        true
-    }
-
-    pub(super) fn next_handshake(&self) -> Option<HandshakeMessage> {
-        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
-    }
-
-    /// Puts a peer on the list; it holds each peer at most once ([`Peer`]'s `note_*` see to that).
-    pub(super) fn report(&self, peer: &Arc<Peer<T>>) {
-        self.reporting.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(peer));
-        self.notify.notify_one();
-    }
-
-    pub(super) fn take_reporting(&self) -> Vec<Arc<Peer<T>>> {
-        std::mem::take(&mut *self.reporting.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

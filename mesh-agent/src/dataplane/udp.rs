@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, IoSlice};
 use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -16,7 +16,7 @@ use std::time::Duration;
 use mesh_proto::device::Endpoint;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 
 use super::io::{DatagramSocket, MAX_BATCH, Packed, Received};
@@ -132,20 +132,39 @@ impl DatagramSocket for UdpSockets {
     }
 
     fn send(&self, batch: &Packed<Endpoint>, patience: Duration) -> usize {
-        let mut sent = 0;
+        let mut lost = 0;
         let families = [(&self.v4, true), (&self.v6, false)];
         for (socket, is_v4) in families {
             let direct = batch.iter().filter_map(|(bytes, to)| Some((bytes, to.direct()?)));
             let mut datagrams = direct.filter(|(_, to)| to.is_ipv4() == is_v4);
-            let Some(socket) = socket else { continue };
-            while let count @ 1.. = send_some(socket, &mut datagrams, patience, &mut sent) {
+            let Some(socket) = socket else {
+                lost += datagrams.count();
+                continue;
+            };
+            while let count @ 1.. = send_some(socket, &mut datagrams, patience, &mut lost) {
                 if count < MAX_BATCH {
                     break;
                 }
             }
         }
-        sent
+        lost
     }
+
+    fn send_one(&self, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) -> bool {
+        let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+        socket.as_ref().is_some_and(|socket| send_now(socket, to, datagram, ttl).is_ok())
+    }
+}
+
+/// Sends one datagram at once or not at all.
+fn send_now(socket: &Socket, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) -> nix::Result<usize> {
+    let hops = ttl.map(libc::c_int::from);
+    let limit = hops.as_ref().map(|hops| match to {
+        SocketAddr::V4(_) => ControlMessage::Ipv4Ttl(hops),
+        SocketAddr::V6(_) => ControlMessage::Ipv6HopLimit(hops),
+    });
+    let blocks = [IoSlice::new(datagram)];
+    sendmsg(socket.as_raw_fd(), &blocks, limit.as_slice(), MsgFlags::MSG_DONTWAIT, Some(&SockaddrStorage::from(to)))
 }
 
 /// `None` when the host does not have the family.
@@ -216,13 +235,13 @@ fn receive_some(socket: &Socket, batch: &mut Received) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Sends the next datagrams of one family, at most a batch; gives how many it took from the iterator and adds to `sent`
-/// those that the kernel took.
+/// Sends the next datagrams of one family, at most a batch; gives how many it took from the iterator and adds to `lost`
+/// those that the kernel did not take.
 fn send_some<'a>(
     socket: &Socket,
     datagrams: &mut impl Iterator<Item = (&'a [u8], SocketAddr)>,
     patience: Duration,
-    sent: &mut usize,
+    lost: &mut usize,
 ) -> usize {
     // SAFETY: mmsghdr and iovec are integers and pointers; all zero means "no name, no data, no control".
     let mut headers: [libc::mmsghdr; MAX_BATCH] = unsafe { mem::zeroed() };
@@ -251,17 +270,20 @@ fn send_some<'a>(
         match Errno::result(taken) {
             Ok(taken) => {
                 let taken = usize::try_from(taken).unwrap_or(0).max(1);
-                *sent += taken;
                 next += taken;
             }
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => {
                 if !has_room(socket, patience) {
+                    *lost += count - next;
                     return count;
                 }
             }
             // It concerns the first only: no route, too long, refused by a filter.
-            Err(_) => next += 1,
+            Err(_) => {
+                *lost += 1;
+                next += 1;
+            }
         }
     }
     count
@@ -276,7 +298,10 @@ fn has_room(socket: &Socket, patience: Duration) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::io::IoSliceMut;
     use std::time::Instant;
+
+    use nix::sys::socket::{ControlMessageOwned, recvmsg};
 
     use super::*;
 
@@ -306,7 +331,7 @@ mod tests {
             batch.spare(len).unwrap().fill(n as u8);
             batch.push(len, Endpoint::from(targets[n % 2]));
         }
-        assert_eq!(a.send(&batch, Duration::from_secs(1)), count);
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), 0);
         let got = receive(&b, count);
         for family in [true, false] {
             let lens = |all: &mut dyn Iterator<Item = (&[u8], SocketAddr)>| -> Vec<usize> {
@@ -331,9 +356,44 @@ mod tests {
             batch.spare(len).unwrap().fill(1);
             batch.push(len, Endpoint::from(target));
         }
-        assert_eq!(a.send(&batch, Duration::from_secs(1)), 2, "65535 bytes are no datagram");
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), 1, "65535 bytes are no datagram");
         let lens: Vec<_> = receive(&b, 2).iter().map(|(bytes, _)| bytes.len()).collect();
         assert_eq!(lens, [10, 20]);
+    }
+
+    /// What `a` sends to `host` arrives with so many hops left to go.
+    fn hops_left(a: &UdpSockets, b: &UdpSockets, host: &str, ttl: Option<u8>) -> Option<i32> {
+        assert!(a.send_one(format!("{host}:{}", b.port()).parse().unwrap(), b"probe", ttl));
+        let socket = if host.starts_with('[') { &b.v6 } else { &b.v4 };
+        let socket = socket.as_ref().unwrap();
+        poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5000u16)).unwrap();
+        let (mut bytes, mut control) = ([0; 64], nix::cmsg_space!(libc::c_int));
+        let mut blocks = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_DONTWAIT;
+        let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut blocks, Some(&mut control), flags).unwrap();
+        assert_eq!(message.iovs().next(), Some(&b"probe"[..]));
+        message.cmsgs().unwrap().find_map(|message| match message {
+            ControlMessageOwned::Ipv4Ttl(hops) | ControlMessageOwned::Ipv6HopLimit(hops) => Some(hops),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn a_datagram_may_be_limited_to_a_few_hops_and_the_next_is_not() {
+        let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+        let mut hosts = vec!["127.0.0.1"];
+        setsockopt(b.v4.as_ref().unwrap(), sockopt::Ipv4RecvTtl, &true).unwrap();
+        if let Some(v6) = &b.v6 {
+            setsockopt(v6, sockopt::Ipv6RecvHopLimit, &true).unwrap();
+            hosts.push("[::1]");
+        }
+        for host in hosts {
+            let usual = hops_left(&a, &b, host, None).unwrap();
+            assert!(usual > 2, "{host}: {usual}");
+            assert_eq!(hops_left(&a, &b, host, Some(2)), Some(2), "{host}");
+            assert_eq!(hops_left(&a, &b, host, None), Some(usual), "{host}");
+            assert!(!a.send_one(format!("{host}:9").parse().unwrap(), &[0; 66_000], None), "no datagram is that long");
+        }
     }
 
     #[test]
