@@ -11,14 +11,13 @@ use ipnet::IpNet;
 use mesh_common::addr::OVERLAY_V4_POOL;
 use mesh_common::config::EndpointFilter;
 use mesh_common::host_name::HostName;
-use mesh_common::id::NodeId;
+use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ClusterSecret, SignKey, WgSecret};
 use mesh_common::limits::{LINK_MTU, LISTEN_PORT};
 use mesh_common::time::Instant;
 use mesh_proto::device::UnderlayLink;
 use mesh_proto::discovery::server::{ConnId, ServerEvent};
 use mesh_proto::mesh::agent::View;
-use mesh_proto::mesh::members::ServerId;
 use mesh_proto::mesh::settings::{ServerSettings, Settings};
 use mesh_proto::wire::session::ClientMessage;
 
