@@ -1,0 +1,336 @@
+//! Paths as the machine drives them: which relays reach a peer, probes sealed and opened, calls filled in, the budget kept.
+//!
+//! Owns probe keys, replay windows and the node's probe budget. Which path is probed and when is
+//! [`PathAgent`](crate::path::agent::PathAgent)'s to decide; nothing of a datagram is believed here before its key opened
+//! it, its instance is the one of the peer's record and its counter is new.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mesh_common::id::{NodeId, ServerId};
+use mesh_common::key::{ProbeKeys, WgPublicKey};
+use mesh_common::limits::{PROBE_BURST, PROBE_INTERVAL};
+use mesh_common::time::Instant;
+
+use super::{Agent, AgentEvent, SETTLE};
+use crate::device::{Endpoint, PeerReport};
+use crate::discovery::client::Client;
+use crate::mesh::members::Admission;
+use crate::path::agent::ProbeTransmit;
+use crate::path::replay::ReplayWindow;
+use crate::wire::demux::{self, Datagram};
+use crate::wire::frame;
+use crate::wire::probe::{self, Probe};
+
+/// Probes to and from all peers.
+#[derive(Debug)]
+pub(super) struct Probing {
+    links: BTreeMap<WgPublicKey, Link>,
+    by_tag: BTreeMap<[u8; 8], WgPublicKey>,
+    budget: Budget,
+    /// Who was served last: a node with many peers probes them all alike.
+    last_served: Option<WgPublicKey>,
+    dropped: BTreeMap<Dropped, u64>,
+}
+
+/// The probe channel to one peer.
+#[derive(Debug)]
+struct Link {
+    node: NodeId,
+    keys: ProbeKeys,
+    sent: u64,
+    /// Which start of the peer's agent the window is of.
+    instance: [u8; 16],
+    window: ReplayWindow,
+    /// The sequence number of our frame that this peer was handed last.
+    offered: Option<u64>,
+}
+
+/// Why a datagram that looked like one of ours was not believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
+pub(super) enum Dropped {
+    #[error("probe_malformed")]
+    Malformed,
+    #[error("probe_unknown_key")]
+    UnknownKey,
+    #[error("probe_forged")]
+    Forged,
+    /// Of a start of the peer's agent whose record we do not have: its frame comes with its call.
+    #[error("probe_unknown_instance")]
+    UnknownInstance,
+    #[error("probe_replayed")]
+    Replayed,
+    /// A relay says that it is from one node, its key that it is from another.
+    #[error("probe_foreign_sender")]
+    ForeignSender,
+    #[error("relayed_unknown_sender")]
+    UnknownSender,
+    #[error("relayed_unknown_payload")]
+    UnknownPayload,
+}
+
+/// A burst of probes, then one each interval: whatever peers announce, this node sends no more.
+#[derive(Debug)]
+struct Budget {
+    tokens: u32,
+    refilled: Instant,
+}
+
+impl Probing {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            links: BTreeMap::new(),
+            by_tag: BTreeMap::new(),
+            budget: Budget { tokens: PROBE_BURST, refilled: now },
+            last_served: None,
+            dropped: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn dropped(&self) -> &BTreeMap<Dropped, u64> {
+        &self.dropped
+    }
+
+    fn count(&mut self, why: Dropped) {
+        *self.dropped.entry(why).or_default() += 1;
+    }
+}
+
+impl Budget {
+    /// Takes one token, or says when there is one.
+    fn take(&mut self, now: Instant) -> Result<(), Instant> {
+        let earned = now.since(self.refilled).as_nanos() / PROBE_INTERVAL.as_nanos();
+        let room = PROBE_BURST - self.tokens;
+        match u32::try_from(earned) {
+            Ok(earned) if earned < room => {
+                self.tokens += earned;
+                self.refilled += PROBE_INTERVAL * earned;
+            }
+            _ => {
+                self.tokens = PROBE_BURST;
+                self.refilled = now;
+            }
+        }
+        if self.tokens == 0 {
+            return Err(self.refilled + PROBE_INTERVAL);
+        }
+        self.tokens -= 1;
+        Ok(())
+    }
+}
+
+impl Agent {
+    /// A probe or a STUN answer that came to the WireGuard port.
+    pub fn handle_datagram(&mut self, source: SocketAddr, bytes: &[u8], now: Instant) {
+        match demux::classify(bytes) {
+            Datagram::Probe => self.handle_probe(Endpoint::Direct(source), None, bytes, now),
+            Datagram::Stun => self.handle_stun(source, bytes, now),
+            Datagram::WireGuard(_) | Datagram::Unknown => self.probing.count(Dropped::Malformed),
+        }
+        self.settle(now);
+    }
+
+    /// The message that carries a datagram of the data plane to a peer behind a relay; `None` while that relay does not.
+    pub fn relay(&mut self, server: ServerId, peer: &WgPublicKey, datagram: &[u8]) -> Option<Bytes> {
+        let node = self.probing.links.get(peer)?.node;
+        self.clients.get_mut(&server)?.relay(&node, datagram)
+    }
+
+    /// What a member sent us through a relay.
+    pub(super) fn handle_relayed(&mut self, server: ServerId, from: NodeId, payload: Bytes, now: Instant) {
+        if payload.starts_with(frame::MAGIC) {
+            return self.handle_offered_frame(payload, now);
+        }
+        let Some(peer) = self.peers.iter().find(|peer| peer.node == from).map(|peer| peer.key) else {
+            return self.probing.count(Dropped::UnknownSender);
+        };
+        match demux::classify(&payload) {
+            Datagram::WireGuard(_) => self.events.push_back(AgentEvent::Relayed { server, peer, datagram: payload }),
+            Datagram::Probe => self.handle_probe(Endpoint::Relay(server), Some(from), &payload, now),
+            Datagram::Stun | Datagram::Unknown => self.probing.count(Dropped::UnknownPayload),
+        }
+    }
+
+    /// A relay has no way to this node now.
+    pub(super) fn handle_no_peer(&mut self, server: ServerId, node: NodeId, now: Instant) {
+        let key = self.peers.iter().find(|peer| peer.node == node).map(|peer| peer.key);
+        if let Some(path) = key.and_then(|key| self.paths.get_mut(&key)) {
+            path.handle_no_peer(server, now);
+        }
+    }
+
+    /// A peer hands us its own record: it learned of us before a server told us of it. Listing is the server's to do.
+    fn handle_offered_frame(&mut self, bytes: Bytes, now: Instant) {
+        if let Ok((node, Admission::New | Admission::Updated { .. } | Admission::Left)) = self.members.admit(bytes, now) {
+            tracing::debug!(node = %node.short(), "a peer handed over its record");
+            self.events.push_back(AgentEvent::StoreMembers);
+            self.work_out_at(now + SETTLE);
+        }
+    }
+
+    fn handle_probe(&mut self, from: Endpoint, sender: Option<NodeId>, bytes: &[u8], now: Instant) {
+        match self.open_probe(sender, bytes) {
+            Ok((peer, probe)) => self.handle_authentic_probe(peer, from, probe, now),
+            Err(why) => self.probing.count(why),
+        }
+    }
+
+    fn open_probe(&mut self, sender: Option<NodeId>, bytes: &[u8]) -> Result<(WgPublicKey, Probe), Dropped> {
+        let tag = probe::tag(bytes).ok_or(Dropped::Malformed)?;
+        let peer = *self.probing.by_tag.get(&tag).ok_or(Dropped::UnknownKey)?;
+        let link = self.probing.links.get_mut(&peer).ok_or(Dropped::UnknownKey)?;
+        if sender.is_some_and(|sender| sender != link.node) {
+            return Err(Dropped::ForeignSender);
+        }
+        let opened = probe::open(&link.keys.receive, bytes).map_err(|_| Dropped::Forged)?;
+        if opened.instance != link.instance {
+            return Err(Dropped::UnknownInstance);
+        }
+        if !link.window.accept(opened.counter) {
+            return Err(Dropped::Replayed);
+        }
+        Ok((peer, opened.probe))
+    }
+
+    fn handle_authentic_probe(&mut self, peer: WgPublicKey, from: Endpoint, probe: Probe, now: Instant) {
+        self.members.note_evidence(&peer, now);
+        if let Probe::Pong { id, .. } = probe
+            && self.handle_echo(&peer, id, from, now)
+        {
+            return;
+        }
+        let probe = match probe {
+            Probe::Call(call) => Probe::Call(self.usable_call(&peer, call)),
+            other => other,
+        };
+        self.with_path(&peer, now, |path| path.handle_probe(from, &probe, now));
+    }
+
+    /// Keeps the paths' surroundings up to date: keys, relays, NAT classes.
+    pub(super) fn sync_probing(&mut self, now: Instant) {
+        let own = self.identity.node_id();
+        let peers: BTreeMap<WgPublicKey, (NodeId, [u8; 16])> =
+            self.peers.iter().map(|peer| (peer.key, (peer.node, peer.instance))).collect();
+        let probing = &mut self.probing;
+        probing.links.retain(|key, link| peers.get(key).is_some_and(|(node, _)| *node == link.node));
+        for (key, (node, instance)) in &peers {
+            match probing.links.get_mut(key) {
+                Some(link) if link.instance == *instance => {}
+                Some(link) => {
+                    link.instance = *instance;
+                    link.window = ReplayWindow::default();
+                    link.offered = None;
+                }
+                None => {
+                    // An all-zero result is a key that nobody honest has: such a peer is never probed.
+                    let Some(keys) = self.keys.probe_keys((own, &self.wg), (*node, *key)) else { continue };
+                    let window = ReplayWindow::default();
+                    let link = Link { node: *node, keys, sent: 0, instance: *instance, window, offered: None };
+                    probing.links.insert(*key, link);
+                }
+            }
+        }
+        probing.by_tag = probing.links.iter().map(|(key, link)| (link.keys.receive.tag, *key)).collect();
+        self.sync_relays(now);
+    }
+
+    /// Tells every path which relays reach its peer now.
+    pub(super) fn sync_relays(&mut self, now: Instant) {
+        let offering: Vec<ServerId> =
+            self.clients.iter().filter(|(_, client)| client.offers_relay()).map(|(server, _)| *server).collect();
+        for peer in &self.peers {
+            let Some(member) = self.members.get(&peer.node) else { continue };
+            let relays: Vec<ServerId> =
+                offering.iter().copied().filter(|server| member.listed_by.contains(server)).collect();
+            if let Some(path) = self.paths.get_mut(&peer.key) {
+                path.handle_relays(&relays, now);
+                let record = &member.record;
+                path.handle_nat(self.net.nat_classes(), [record.nat_v4, record.nat_v6], now);
+            }
+        }
+    }
+
+    /// Seals and sends what the paths want to probe, in turns, as far as the budget goes.
+    pub(super) fn send_probes(&mut self, now: Instant) {
+        self.probes_again_at = None;
+        let keys: Vec<WgPublicKey> = self.in_turns();
+        for key in keys {
+            loop {
+                let Some(path) = self.paths.get_mut(&key).filter(|path| path.has_transmit()) else { break };
+                if let Err(at) = self.probing.budget.take(now) {
+                    self.probes_again_at = Some(at);
+                    return;
+                }
+                let Some(transmit) = path.poll_transmit() else { break };
+                self.probing.last_served = Some(key);
+                self.send_probe(&key, transmit);
+            }
+        }
+    }
+
+    fn in_turns(&self) -> Vec<WgPublicKey> {
+        let waiting = || self.paths.iter().filter(|(_, path)| path.has_transmit()).map(|(key, _)| *key);
+        let Some(last) = self.probing.last_served else { return waiting().collect() };
+        let (after, before): (Vec<_>, Vec<_>) = waiting().partition(|key| *key > last);
+        after.into_iter().chain(before).collect()
+    }
+
+    pub(super) fn send_probe(&mut self, peer: &WgPublicKey, transmit: ProbeTransmit) {
+        let ProbeTransmit { to, probe, ttl, pad_to } = transmit;
+        let probe = match probe {
+            Probe::Call(call) => {
+                self.offer_frame(peer, to);
+                Probe::Call(self.own_call(call))
+            }
+            other => other,
+        };
+        let nonce = self.nonces.next();
+        let Some(link) = self.probing.links.get_mut(peer) else { return };
+        link.sent += 1;
+        let bytes = probe::seal(&link.keys.send, &self.instance, link.sent, nonce, &probe, pad_to);
+        match to {
+            Endpoint::Direct(to) => self.events.push_back(AgentEvent::SendRaw { to, bytes, ttl }),
+            Endpoint::Relay(server) => {
+                let node = link.node;
+                let message = self.clients.get_mut(&server).and_then(|client| client.relay(&node, &bytes));
+                if let Some(message) = message {
+                    self.events.push_back(AgentEvent::SendRelay { server, message });
+                }
+            }
+        }
+    }
+
+    /// With the first call to a start of a peer's agent goes our record: a server may not have told it of us yet.
+    fn offer_frame(&mut self, peer: &WgPublicKey, to: Endpoint) {
+        let (Endpoint::Relay(server), Some(frame)) = (to, self.publisher.frame()) else { return };
+        let Some(link) = self.probing.links.get_mut(peer) else { return };
+        if link.offered.replace(frame.seq()) == Some(frame.seq()) {
+            return;
+        }
+        let message = self.clients.get_mut(&server).and_then(|client| client.relay(&link.node, frame.as_bytes()));
+        if let Some(message) = message {
+            self.events.push_back(AgentEvent::SendRelay { server, message });
+        }
+    }
+
+    /// One input to a path, and the log line where it changes what the path is.
+    pub(super) fn with_path(
+        &mut self,
+        peer: &WgPublicKey,
+        now: Instant,
+        input: impl FnOnce(&mut crate::path::agent::PathAgent),
+    ) {
+        let Some(path) = self.paths.get_mut(peer) else { return };
+        let (before, mtu) = (path.state(now), path.mtu());
+        input(path);
+        let (after, new_mtu) = (path.state(now), path.mtu());
+        if before != after {
+            self.log_path(peer, after);
+        }
+        if super::is_down(after) != self.down.contains(peer) || mtu != new_mtu {
+            self.work_out_at(now);
+        }
+    }
+}
