@@ -11,11 +11,11 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use mesh_common::addr;
 use mesh_common::id::{NodeId, ServerId};
-use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey};
+use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey, WgSecret};
 use mesh_common::limits::RECONCILE_INTERVAL;
 use mesh_common::time::Instant;
 
-use crate::device::{Action, Observed, PeerReport, PeerRoute, Route, RouteKind};
+use crate::device::{Action, Endpoint, Observed, PeerReport, PeerRoute, Route, RouteKind};
 use crate::discovery::client::Client;
 use crate::mesh::members::Members;
 use crate::mesh::peer::Peer;
@@ -25,12 +25,15 @@ use crate::random::SplitMix64;
 use crate::wire::session::SessionError;
 
 mod consequences;
+mod echo;
+mod paths;
 mod publish;
 mod sessions;
 #[cfg(test)]
 mod tests;
 mod view;
 
+pub use echo::{EchoError, EchoId, Via};
 pub use publish::{Announced, OwnClaim};
 pub use view::{PeerView, ServerView, View};
 
@@ -51,8 +54,7 @@ const MAX_WAKES: usize = 64;
 pub struct Start {
     pub keys: ClusterKeys,
     pub identity: SignKey,
-    pub wg_public: WgPublicKey,
-    pub wg_proof: WgProof,
+    pub wg: WgSecret,
     /// Random per start.
     pub instance: [u8; 16],
     /// 32 random bytes: nonces and jitter are drawn from them.
@@ -85,6 +87,30 @@ pub enum AgentEvent {
     /// Members changed: keep `frames()` and `marks()` for the next start.
     StoreMembers,
     SetRoute(WgPublicKey, PeerRoute),
+    /// Send these bytes from the WireGuard port: a probe, or a question to a STUN server.
+    SendRaw {
+        to: SocketAddr,
+        bytes: Bytes,
+        /// The IP time to live, where it is not the host's own.
+        ttl: Option<u8>,
+    },
+    /// Hand this message to the server's carrier, ahead of nothing: it may be lost like a datagram.
+    SendRelay {
+        server: ServerId,
+        message: Bytes,
+    },
+    /// A datagram of this peer's tunnel came through a relay.
+    Relayed {
+        server: ServerId,
+        peer: WgPublicKey,
+        datagram: Bytes,
+    },
+    /// An echo was answered, from there and after this long.
+    Echoed {
+        echo: EchoId,
+        from: Endpoint,
+        rtt: Duration,
+    },
     StartHandshake(WgPublicKey),
     /// Carry out these steps in order, then call `handle_applied`.
     Apply(Vec<Action>),
@@ -97,6 +123,7 @@ pub struct Agent {
     settings: Settings,
     keys: ClusterKeys,
     identity: SignKey,
+    wg: WgSecret,
     wg_public: WgPublicKey,
     wg_proof: WgProof,
     instance: [u8; 16],
@@ -111,6 +138,8 @@ pub struct Agent {
     /// What stood on the host before the first step, without a member that accounts for it.
     orphan_floor: BTreeSet<Route>,
     paths: BTreeMap<WgPublicKey, PathAgent>,
+    probing: paths::Probing,
+    echoes: echo::Echoes,
     static_routes: BTreeMap<WgPublicKey, PeerRoute>,
     peers: Vec<Peer>,
     /// Derived once for each pair of keys.
@@ -177,8 +206,9 @@ impl Agent {
             settings,
             keys: start.keys,
             identity: start.identity,
-            wg_public: start.wg_public,
-            wg_proof: start.wg_proof,
+            wg_public: start.wg.public(),
+            wg_proof: start.wg.prove(&own),
+            wg: start.wg,
             instance: start.instance,
             started: (now, start.unix_ms),
             random: SplitMix64::new(nonces.seed()),
@@ -189,6 +219,8 @@ impl Agent {
             synced_at: None,
             orphan_floor: BTreeSet::new(),
             paths: BTreeMap::new(),
+            probing: paths::Probing::new(now),
+            echoes: echo::Echoes::default(),
             static_routes: BTreeMap::new(),
             peers: Vec::new(),
             preshared_keys: BTreeMap::new(),
@@ -312,7 +344,7 @@ impl Agent {
         if !self.applied_once && observed.link.is_some() {
             self.applied_once = true;
             for path in self.paths.values_mut().take(MAX_WAKES) {
-                path.handle_wake();
+                path.handle_wake(now);
             }
         }
         self.take_observed(observed, now);
@@ -322,16 +354,8 @@ impl Agent {
         if matches!(report, PeerReport::Handshake { .. } | PeerReport::Roamed { .. }) {
             self.members.note_evidence(peer, now);
         }
-        if let Some(path) = self.paths.get_mut(peer) {
-            let before = path.state(now);
-            path.handle_report(report, now);
-            let after = path.state(now);
-            if before != after {
-                self.log_path(peer, after);
-            }
-            if is_down(after) != self.down.contains(peer) {
-                self.work_out_at(now);
-            }
+        if self.paths.contains_key(peer) {
+            self.with_path(peer, now, |path| path.handle_report(report, now));
         } else if let (Some(route), PeerReport::Handshake { endpoint } | PeerReport::Roamed { endpoint }) =
             (self.static_routes.get_mut(peer), report)
         {
@@ -385,12 +409,11 @@ impl Agent {
         for client in self.clients.values_mut() {
             client.handle_timeout(now);
         }
-        for (key, path) in &mut self.paths {
-            let tunnel = path.tunnel_generation();
-            path.handle_timeout(now);
-            if is_down(path.state(now)) != self.down.contains(key) || path.tunnel_generation() != tunnel {
-                self.due = Some(now);
-            }
+        let is_due = |path: &PathAgent| path.poll_timeout().is_some_and(|(at, _)| at <= now);
+        let due: Vec<WgPublicKey> =
+            self.paths.iter().filter(|(_, path)| is_due(path)).map(|(key, _)| *key).collect();
+        for key in due {
+            self.with_path(&key, now, |path| path.handle_timeout(now));
         }
         if now >= self.next_tick {
             self.next_tick = now + RECONCILE_INTERVAL;
@@ -430,6 +453,7 @@ impl Agent {
                 .and_then(|leaving| leaving.give_up_at)
                 .map(|at| (at, "stop waiting for servers to store the farewell")),
             self.publisher.poll_timeout(),
+            self.probing.poll_timeout(),
             Some((self.next_tick, "compare desired and observed")),
         ];
         clients.chain(paths).chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
@@ -471,6 +495,7 @@ impl Agent {
             self.work_out(now);
             self.drain_clients(now);
         }
+        self.send_probes(now);
         for (key, path) in &mut self.paths {
             while let Some(event) = path.poll_event() {
                 self.events.push_back(match event {

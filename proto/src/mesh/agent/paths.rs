@@ -14,11 +14,11 @@ use mesh_common::key::{ProbeKeys, WgPublicKey};
 use mesh_common::limits::{PROBE_BURST, PROBE_INTERVAL};
 use mesh_common::time::Instant;
 
-use super::{Agent, AgentEvent, SETTLE};
-use crate::device::{Endpoint, PeerReport};
+use super::{Agent, AgentEvent, SETTLE, is_down};
+use crate::device::Endpoint;
 use crate::discovery::client::Client;
 use crate::mesh::members::Admission;
-use crate::path::agent::ProbeTransmit;
+use crate::path::agent::{PathAgent, ProbeTransmit};
 use crate::path::replay::ReplayWindow;
 use crate::wire::demux::{self, Datagram};
 use crate::wire::frame;
@@ -32,6 +32,8 @@ pub(super) struct Probing {
     budget: Budget,
     /// Who was served last: a node with many peers probes them all alike.
     last_served: Option<WgPublicKey>,
+    /// When the budget has room for those that wait.
+    again_at: Option<Instant>,
     dropped: BTreeMap<Dropped, u64>,
 }
 
@@ -85,8 +87,13 @@ impl Probing {
             by_tag: BTreeMap::new(),
             budget: Budget { tokens: PROBE_BURST, refilled: now },
             last_served: None,
+            again_at: None,
             dropped: BTreeMap::new(),
         }
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
+        self.again_at.map(|at| (at, "the probe budget"))
     }
 
     pub(super) fn dropped(&self) -> &BTreeMap<Dropped, u64> {
@@ -99,8 +106,8 @@ impl Probing {
 }
 
 impl Budget {
-    /// Takes one token, or says when there is one.
-    fn take(&mut self, now: Instant) -> Result<(), Instant> {
+    /// `None` when a probe may go out now, else when.
+    fn wait(&mut self, now: Instant) -> Option<Instant> {
         let earned = now.since(self.refilled).as_nanos() / PROBE_INTERVAL.as_nanos();
         let room = PROBE_BURST - self.tokens;
         match u32::try_from(earned) {
@@ -113,11 +120,11 @@ impl Budget {
                 self.refilled = now;
             }
         }
-        if self.tokens == 0 {
-            return Err(self.refilled + PROBE_INTERVAL);
-        }
-        self.tokens -= 1;
-        Ok(())
+        (self.tokens == 0).then(|| self.refilled + PROBE_INTERVAL)
+    }
+
+    fn take(&mut self) {
+        self.tokens = self.tokens.saturating_sub(1);
     }
 }
 
@@ -202,7 +209,10 @@ impl Agent {
             return;
         }
         let probe = match probe {
-            Probe::Call(call) => Probe::Call(self.usable_call(&peer, call)),
+            Probe::Call(mut call) => {
+                call.candidates = self.usable_candidates(&call.candidates);
+                Probe::Call(call)
+            }
             other => other,
         };
         self.with_path(&peer, now, |path| path.handle_probe(from, &probe, now));
@@ -254,16 +264,17 @@ impl Agent {
 
     /// Seals and sends what the paths want to probe, in turns, as far as the budget goes.
     pub(super) fn send_probes(&mut self, now: Instant) {
-        self.probes_again_at = None;
-        let keys: Vec<WgPublicKey> = self.in_turns();
-        for key in keys {
+        self.probing.again_at = None;
+        for key in self.in_turns() {
             loop {
+                let wait = self.probing.budget.wait(now);
                 let Some(path) = self.paths.get_mut(&key).filter(|path| path.has_transmit()) else { break };
-                if let Err(at) = self.probing.budget.take(now) {
-                    self.probes_again_at = Some(at);
+                if wait.is_some() {
+                    self.probing.again_at = wait;
                     return;
                 }
                 let Some(transmit) = path.poll_transmit() else { break };
+                self.probing.budget.take();
                 self.probing.last_served = Some(key);
                 self.send_probe(&key, transmit);
             }
@@ -271,21 +282,17 @@ impl Agent {
     }
 
     fn in_turns(&self) -> Vec<WgPublicKey> {
-        let waiting = || self.paths.iter().filter(|(_, path)| path.has_transmit()).map(|(key, _)| *key);
-        let Some(last) = self.probing.last_served else { return waiting().collect() };
-        let (after, before): (Vec<_>, Vec<_>) = waiting().partition(|key| *key > last);
+        let waiting = self.paths.iter().filter(|(_, path)| path.has_transmit()).map(|(key, _)| *key);
+        let Some(last) = self.probing.last_served else { return waiting.collect() };
+        let (after, before): (Vec<_>, Vec<_>) = waiting.partition(|key| *key > last);
         after.into_iter().chain(before).collect()
     }
 
     pub(super) fn send_probe(&mut self, peer: &WgPublicKey, transmit: ProbeTransmit) {
         let ProbeTransmit { to, probe, ttl, pad_to } = transmit;
-        let probe = match probe {
-            Probe::Call(call) => {
-                self.offer_frame(peer, to);
-                Probe::Call(self.own_call(call))
-            }
-            other => other,
-        };
+        if matches!(probe, Probe::Call(_)) {
+            self.offer_frame(peer, to);
+        }
         let nonce = self.nonces.next();
         let Some(link) = self.probing.links.get_mut(peer) else { return };
         link.sent += 1;
@@ -320,16 +327,17 @@ impl Agent {
         &mut self,
         peer: &WgPublicKey,
         now: Instant,
-        input: impl FnOnce(&mut crate::path::agent::PathAgent),
+        input: impl FnOnce(&mut PathAgent),
     ) {
         let Some(path) = self.paths.get_mut(peer) else { return };
-        let (before, mtu) = (path.state(now), path.mtu());
+        let on_host = |path: &PathAgent| (path.mtu(), path.tunnel_generation());
+        let (state_before, on_host_before) = (path.state(now), on_host(path));
         input(path);
-        let (after, new_mtu) = (path.state(now), path.mtu());
-        if before != after {
-            self.log_path(peer, after);
+        let (state, on_host) = (path.state(now), on_host(path));
+        if state != state_before {
+            self.log_path(peer, state);
         }
-        if super::is_down(after) != self.down.contains(peer) || mtu != new_mtu {
+        if is_down(state) != self.down.contains(peer) || on_host != on_host_before {
             self.work_out_at(now);
         }
     }
