@@ -187,6 +187,8 @@ fn welcome(observed: SocketAddr) -> [ServerMessage; 3] {
             stun_ports: Vec::new(),
             slot_ttl: Duration::from_secs(120),
             max_slots: 1024,
+            relay: false,
+            stun_alt: Vec::new(),
         }),
         ServerMessage::Restart,
         ServerMessage::Synced(Cursor { server_instance: 1, version: 1 }),
