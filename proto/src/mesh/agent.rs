@@ -297,7 +297,7 @@ impl Agent {
         if !self.applied_once && observed.link.is_some() {
             self.applied_once = true;
             for path in self.paths.values_mut().take(MAX_WAKES) {
-                path.handle_wake();
+                path.handle_wake(now);
             }
         }
         self.take_observed(observed, now);
