@@ -1,7 +1,7 @@
 //! What should be on this host: a pure function of settings, peers and the state of their paths.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use mesh_common::id::NodeId;
@@ -101,7 +101,7 @@ impl Inputs<'_> {
     /// Where peers may send from. IPv6 has no reverse path filter.
     fn endpoints_v4(&self) -> BTreeSet<IpAddr> {
         let candidates = self.peers.iter().flat_map(|peer| &peer.candidates);
-        candidates.map(SocketAddr::ip).filter(IpAddr::is_ipv4).collect()
+        candidates.map(|candidate| candidate.addr.ip()).filter(IpAddr::is_ipv4).collect()
     }
 
     /// A peer's wide prefix must not take the host's own LAN away from it.

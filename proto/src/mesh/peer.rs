@@ -15,7 +15,7 @@ use mesh_common::time::Instant;
 use crate::device::UnderlayLink;
 use crate::mesh::members::{Member, Members};
 use crate::mesh::settings::Settings;
-use crate::wire::record::CandidateKind;
+use crate::wire::record::{Candidate, CandidateKind};
 
 /// A member as a WireGuard neighbour.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub struct Peer {
     /// Everything it announces, with what became of it.
     pub prefixes: Vec<(IpNet, Verdict)>,
     /// Where it may be reached, best first.
-    pub candidates: Vec<SocketAddr>,
+    pub candidates: Vec<Candidate>,
     /// Which start of its agent the record is of.
     pub instance: [u8; 16],
 }
@@ -178,33 +178,29 @@ impl Surroundings<'_> {
         })
     }
 
-    fn candidates(&self, member: &Member, shared: &Shared) -> Vec<SocketAddr> {
+    fn candidates(&self, member: &Member, shared: &Shared) -> Vec<Candidate> {
         let usable = |at: &SocketAddr| {
             at.port() != 0
                 && addr::is_routable(at.ip())
                 && !shared.own_addresses.contains(&at.ip())
                 && !shared.overlay_space.iter().any(|space| space.contains(&at.ip()))
         };
-        let rank = |kind: CandidateKind, at: &SocketAddr| {
-            let on_link = self.connected().any(|(subnet, _)| subnet.contains(&at.ip()));
-            let kind = match kind {
+        let rank = |candidate: &Candidate| {
+            let on_link = self.connected().any(|(subnet, _)| subnet.contains(&candidate.addr.ip()));
+            let kind = match candidate.kind {
                 CandidateKind::Static => 0,
                 CandidateKind::Host => 1,
                 CandidateKind::Mapped => 2,
                 CandidateKind::Reflexive => 3,
             };
-            (!on_link, kind, *at)
+            (!on_link, kind, candidate.addr)
         };
-        let mut ranked: Vec<_> = member
-            .record
-            .candidates
-            .iter()
-            .filter(|candidate| usable(&candidate.addr))
-            .map(|candidate| rank(candidate.kind, &candidate.addr))
-            .collect();
-        ranked.sort_unstable();
+        let mut ranked: Vec<Candidate> = member.record.candidates.clone();
+        ranked.retain(|candidate| usable(&candidate.addr));
+        ranked.sort_by_key(rank);
         let mut seen = BTreeSet::new();
-        ranked.into_iter().map(|(_, _, at)| at).filter(|at| seen.insert(*at)).collect()
+        ranked.retain(|candidate| seen.insert(candidate.addr));
+        ranked
     }
 
     /// A prefix that covers an endpoint makes the answers of that endpoint fail a strict reverse path filter.
@@ -212,8 +208,12 @@ impl Surroundings<'_> {
         let Some(link) = self.rp_filter_denied.first() else {
             return;
         };
-        let endpoints: BTreeSet<IpAddr> =
-            peers.iter().flat_map(|peer| &peer.candidates).map(SocketAddr::ip).filter(IpAddr::is_ipv4).collect();
+        let endpoints: BTreeSet<IpAddr> = peers
+            .iter()
+            .flat_map(|peer| &peer.candidates)
+            .map(|candidate| candidate.addr.ip())
+            .filter(IpAddr::is_ipv4)
+            .collect();
         for (prefix, verdict) in peers.iter_mut().flat_map(|peer| &mut peer.prefixes) {
             if *verdict == Verdict::Routed && endpoints.iter().any(|endpoint| prefix.contains(endpoint)) {
                 *verdict = Verdict::RpFilter { link: link.clone() };

@@ -8,11 +8,18 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use mesh_common::limits::{MAX_CANDIDATES, PEER_DOWN_AFTER, PEER_RETRY_MAX, REJECT_AFTER_TIME, REKEY_TIMEOUT};
+use ipnet::IpNet;
+use mesh_common::id::ServerId;
+use mesh_common::limits::{PEER_DOWN_AFTER, PEER_RETRY_MAX, REJECT_AFTER_TIME, REKEY_TIMEOUT};
+use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 
 use crate::device::{Endpoint, PeerReport, PeerRoute};
+use crate::path::candidate::Remotes;
+use crate::path::view::PathView;
 use crate::random::SplitMix64;
+use crate::wire::probe::Probe;
+use crate::wire::record::Candidate;
 
 /// The first retry of an unanswered handshake. WireGuard's own retry is 5 s, too slow for a peer that learns of us a
 /// moment after our first attempt.
@@ -24,6 +31,34 @@ const TRUST: Duration = Duration::from_secs(1);
 pub enum PathEvent {
     Route(PeerRoute),
     StartHandshake,
+}
+
+/// A probe that wants to go out: the owner of keys and counters seals it. One that waits for a budget may wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProbeTransmit {
+    pub to: Endpoint,
+    pub probe: Probe,
+    /// The IP time to live, where it is not the host's own: a datagram that opens our NAT and never reaches the peer's.
+    pub ttl: Option<u8>,
+    /// The exact length of the datagram, where it is asked whether such a one passes.
+    pub pad_to: Option<u16>,
+}
+
+/// What the simulator switches off, one by one, to prove that each is needed. All on everywhere else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathPolicy {
+    /// Call the peer over a relay, so that both sides probe at once.
+    pub call: bool,
+    /// Send on two paths while it is not sure that the first one carries.
+    pub dual_send: bool,
+    /// Stop to trust a path whose probes are not answered.
+    pub trust_expiry: bool,
+}
+
+impl Default for PathPolicy {
+    fn default() -> Self {
+        Self { call: true, dual_send: true, trust_expiry: true }
+    }
 }
 
 /// What a peer's path is good for, derived from facts and `now`.
@@ -46,7 +81,14 @@ pub enum PathState {
 
 #[derive(Debug)]
 pub struct PathAgent {
-    candidates: Vec<Endpoint>,
+    #[expect(dead_code, reason = "the policy that it switches comes next")]
+    policy: PathPolicy,
+    remotes: Remotes,
+    own: Vec<Candidate>,
+    subnets: Vec<IpNet>,
+    relays: Vec<ServerId>,
+    own_nat: [NatClass; 2],
+    peer_nat: [NatClass; 2],
     proven: Option<Endpoint>,
     /// The endpoint that was proven last and then fell silent.
     last_proven: Option<Endpoint>,
@@ -71,9 +113,15 @@ struct Attempt {
 
 impl PathAgent {
     /// `seed` draws the jitter of retries.
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, policy: PathPolicy) -> Self {
         Self {
-            candidates: Vec::new(),
+            policy,
+            remotes: Remotes::default(),
+            own: Vec::new(),
+            subnets: Vec::new(),
+            relays: Vec::new(),
+            own_nat: [NatClass::default(); 2],
+            peer_nat: [NatClass::default(); 2],
             proven: None,
             last_proven: None,
             instance: None,
@@ -87,10 +135,41 @@ impl PathAgent {
         }
     }
 
-    /// The peer's newest candidates, best first. A proven endpoint outlives its place in the list.
-    pub fn handle_candidates(&mut self, candidates: &[Endpoint]) {
-        self.candidates = candidates.iter().copied().take(MAX_CANDIDATES).collect();
-        self.update_route();
+    /// The peer's newest candidates, best first: those of its record, our own addresses and those of the overlay left out. A
+    /// proven endpoint outlives its place in the list.
+    pub fn handle_candidates(&mut self, candidates: &[Candidate], now: Instant) {
+        self.remotes.announce(candidates);
+        self.update_route(now);
+    }
+
+    /// Our own candidates as they are now, best first: what a CALL tells the peer.
+    pub fn handle_own_candidates(&mut self, candidates: &[Candidate], _now: Instant) {
+        self.own = candidates.to_vec();
+    }
+
+    /// The subnets this node is connected to: a path inside one of them is the best there is.
+    pub fn handle_subnets(&mut self, subnets: &[IpNet], _now: Instant) {
+        self.subnets = subnets.to_vec();
+    }
+
+    /// The relays through which this peer can be reached now, best first.
+    pub fn handle_relays(&mut self, relays: &[ServerId], now: Instant) {
+        self.relays = relays.to_vec();
+        self.update_route(now);
+    }
+
+    /// The NATs in front of both nodes, IPv4 then IPv6.
+    pub fn handle_nat(&mut self, own: [NatClass; 2], peer: [NatClass; 2], _now: Instant) {
+        (self.own_nat, self.peer_nat) = (own, peer);
+    }
+
+    /// An authentic and fresh probe of the peer. The candidates of a CALL are judged by the caller like those of a record.
+    pub fn handle_probe(&mut self, _from: Endpoint, _probe: &Probe, _now: Instant) {}
+
+    /// This relay does not reach the peer.
+    pub fn handle_no_peer(&mut self, server: ServerId, now: Instant) {
+        self.relays.retain(|relay| *relay != server);
+        self.update_route(now);
     }
 
     /// Which start of the peer's agent its record is of. After another one the peer has no session with us, and traffic
@@ -109,7 +188,7 @@ impl PathAgent {
         if self.state(now) == PathState::Idle {
             self.renew_tunnel();
         }
-        self.update_route();
+        self.update_route(now);
     }
 
     /// Which tunnel this peer should have; another number asks for another tunnel.
@@ -128,7 +207,7 @@ impl PathAgent {
             PeerReport::Roamed { endpoint } => self.proven = Some(*endpoint),
             PeerReport::Traffic(_) => {}
         }
-        self.update_route();
+        self.update_route(now);
     }
 
     /// Our own addresses changed: a live path is proven anew, others wait for demand.
@@ -136,13 +215,13 @@ impl PathAgent {
         if matches!(self.state(now), PathState::Up { .. }) || self.attempt.is_some() {
             self.attempt = None;
             self.want(now);
-            self.update_route();
+            self.update_route(now);
             self.events.push_back(PathEvent::StartHandshake);
         }
     }
 
     /// One handshake without waiting for a packet: after our restart, so that a peer with an old session finds us again.
-    pub fn handle_wake(&mut self) {
+    pub fn handle_wake(&mut self, _now: Instant) {
         self.events.push_back(PathEvent::StartHandshake);
     }
 
@@ -164,7 +243,7 @@ impl PathAgent {
             self.last_proven = self.proven.take().or(self.last_proven);
             self.renew_tunnel();
         }
-        self.update_route();
+        self.update_route(now);
         self.events.push_back(PathEvent::StartHandshake);
     }
 
@@ -179,13 +258,22 @@ impl PathAgent {
         }
     }
 
-    pub fn candidates(&self) -> &[Endpoint] {
-        &self.candidates
-    }
-
     /// Where packets go now.
     pub fn route(&self) -> &PeerRoute {
         &self.route
+    }
+
+    /// The largest packet that fits through the path; `None` for the link's own MTU.
+    pub fn mtu(&self) -> Option<u16> {
+        None
+    }
+
+    pub fn view(&self, _now: Instant) -> PathView {
+        PathView { endpoint: self.route.primary, second: self.route.second, ..PathView::default() }
+    }
+
+    pub fn poll_transmit(&mut self) -> Option<ProbeTransmit> {
+        None
     }
 
     pub fn poll_event(&mut self) -> Option<PathEvent> {
@@ -214,15 +302,17 @@ impl PathAgent {
         (now.since(at) < REJECT_AFTER_TIME).then_some(self.proven).flatten()
     }
 
-    fn update_route(&mut self) {
+    fn update_route(&mut self, _now: Instant) {
         let route = match self.proven {
             Some(endpoint) if self.attempt.is_none() => PeerRoute { primary: Some(endpoint), ..PeerRoute::default() },
             proven => {
-                let primary = proven.or(self.route.primary.filter(|at| self.candidates.contains(at)));
-                let primary = primary.or(self.candidates.first().copied());
+                let candidates: Vec<_> =
+                    self.remotes.all().iter().map(|remote| Endpoint::Direct(remote.addr)).collect();
+                let primary = proven.or(self.route.primary.filter(|at| candidates.contains(at)));
+                let primary = primary.or(candidates.first().copied());
                 // Behind a NAT the endpoint that worked may be none that the peer knows of.
-                let unannounced = self.last_proven.filter(|at| !self.candidates.contains(at));
-                let others = self.candidates.iter().copied().chain(unannounced).filter(|at| Some(*at) != primary);
+                let unannounced = self.last_proven.filter(|at| !candidates.contains(at));
+                let others = candidates.into_iter().chain(unannounced).filter(|at| Some(*at) != primary);
                 PeerRoute { primary, second: None, handshake_fan_out: others.collect() }
             }
         };
@@ -234,8 +324,10 @@ impl PathAgent {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::wire::record::CandidateKind;
 
     fn at(millis: u64) -> Instant {
         Instant::from_origin(Duration::from_millis(millis))
@@ -246,8 +338,9 @@ mod tests {
     }
 
     fn agent(ports: &[u16]) -> PathAgent {
-        let mut agent = PathAgent::new(1);
-        agent.handle_candidates(&ports.iter().map(|port| addr(*port)).collect::<Vec<_>>());
+        let mut agent = PathAgent::new(1, PathPolicy::default());
+        let candidate = |port: &u16| Candidate { kind: CandidateKind::Host, addr: addr(*port).direct().unwrap() };
+        agent.handle_candidates(&ports.iter().map(candidate).collect::<Vec<_>>(), at(0));
         agent
     }
 

@@ -14,7 +14,7 @@ use crate::mesh::desired::Inputs;
 use crate::mesh::peer::{self, Peer, Surroundings};
 use crate::mesh::reconcile::reconcile;
 use crate::mesh::settings::StaticPeer;
-use crate::path::agent::PathAgent;
+use crate::path::agent::{PathAgent, PathPolicy};
 
 impl Agent {
     /// From facts to consequences: peers, paths, desired state, steps, our own record.
@@ -106,9 +106,11 @@ impl Agent {
             self.preshared_keys
                 .entry((peer.key, peer.node))
                 .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
-            let path = self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64()));
-            let candidates: Vec<_> = peer.candidates.iter().copied().map(Endpoint::Direct).collect();
-            path.handle_candidates(&candidates);
+            let path = self
+                .paths
+                .entry(peer.key)
+                .or_insert_with(|| PathAgent::new(self.random.next_u64(), PathPolicy::default()));
+            path.handle_candidates(&peer.candidates, now);
             path.handle_instance(peer.instance, now);
         }
         let statics: BTreeMap<WgPublicKey, &StaticPeer> =

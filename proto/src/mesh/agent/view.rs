@@ -111,7 +111,7 @@ impl Agent {
                 overlay_v4: peer.overlay_v4,
                 state: path.map(|path| path.state(now)),
                 endpoint: path.and_then(|path| path.route().primary),
-                candidates: peer.candidates.clone(),
+                candidates: peer.candidates.iter().map(|candidate| candidate.addr).collect(),
                 prefixes: peer.prefixes.clone(),
                 last_evidence: Some(member.last_evidence),
             })

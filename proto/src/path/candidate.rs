@@ -1,0 +1,124 @@
+//! Where a peer may be reached: what its record announces, what its last call said, and where its probes came from.
+//!
+//! Bounded: [`MAX_CANDIDATES`] from the record, as many from a call, [`MAX_PEER_REFLEXIVE`] observed. Judges an address only
+//! by itself; whether it is one of ours, of a filter or of the overlay is judged before it comes here.
+
+use std::net::SocketAddr;
+
+use mesh_common::addr;
+use mesh_common::limits::MAX_CANDIDATES;
+use mesh_common::time::Instant;
+
+use crate::wire::record::{Candidate, CandidateKind};
+
+/// Observed sources that are remembered for a peer: a NAT that maps each destination anew shows one for each of our addresses.
+pub const MAX_PEER_REFLEXIVE: usize = 4;
+
+/// What an address of a peer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RemoteKind {
+    Host,
+    Static,
+    Mapped,
+    Reflexive,
+    /// An authentic probe came from it, and nobody announced it.
+    PeerReflexive,
+    /// Not an address: the peer behind a relay.
+    Relay,
+}
+
+impl From<CandidateKind> for RemoteKind {
+    fn from(kind: CandidateKind) -> Self {
+        match kind {
+            CandidateKind::Host => Self::Host,
+            CandidateKind::Static => Self::Static,
+            CandidateKind::Reflexive => Self::Reflexive,
+            CandidateKind::Mapped => Self::Mapped,
+        }
+    }
+}
+
+/// An address that is worth a probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Remote {
+    pub kind: RemoteKind,
+    pub addr: SocketAddr,
+}
+
+/// All known addresses of one peer.
+#[derive(Debug, Clone, Default)]
+pub struct Remotes {
+    announced: Vec<Remote>,
+    called: Vec<Remote>,
+    observed: Vec<(SocketAddr, Instant)>,
+}
+
+impl Remotes {
+    /// The candidates of the peer's record. True when an address is new.
+    pub fn announce(&mut self, candidates: &[Candidate]) -> bool {
+        let announced = usable(candidates);
+        let before = std::mem::take(&mut self.announced);
+        let is_new = announced.iter().any(|new| !before.contains(new) && !self.called.contains(new));
+        self.announced = announced;
+        is_new
+    }
+
+    /// The candidates of the peer's last call, fresher than those of its record. True when an address is new.
+    pub fn call(&mut self, candidates: &[Candidate]) -> bool {
+        let called = usable(candidates);
+        let before = std::mem::take(&mut self.called);
+        let is_new = called.iter().any(|new| !before.contains(new) && !self.announced.contains(new));
+        self.called = called;
+        is_new
+    }
+
+    /// An authentic probe or packet came from this address. True when it was not known. The one that was silent the longest
+    /// makes room, but never `kept`.
+    pub fn observe(&mut self, at: SocketAddr, kept: Option<SocketAddr>, now: Instant) -> bool {
+        if self.announced.iter().chain(&self.called).any(|remote| remote.addr == at) {
+            return false;
+        }
+        if let Some((_, seen)) = self.observed.iter_mut().find(|(addr, _)| *addr == at) {
+            *seen = now;
+            return false;
+        }
+        if self.observed.len() >= MAX_PEER_REFLEXIVE {
+            let oldest = self.observed.iter().filter(|(addr, _)| Some(*addr) != kept).min_by_key(|(_, seen)| *seen);
+            let oldest = oldest.map(|(addr, _)| *addr);
+            self.observed.retain(|(addr, _)| Some(*addr) != oldest);
+        }
+        self.observed.push((at, now));
+        true
+    }
+
+    /// Every address once, best first: called, announced, observed. At most [`MAX_CANDIDATES`] and the observed ones.
+    pub fn all(&self) -> Vec<Remote> {
+        let mut all: Vec<Remote> = Vec::with_capacity(MAX_CANDIDATES + MAX_PEER_REFLEXIVE);
+        for remote in self.called.iter().chain(&self.announced) {
+            if all.len() < MAX_CANDIDATES && !all.iter().any(|known| known.addr == remote.addr) {
+                all.push(*remote);
+            }
+        }
+        for (addr, _) in &self.observed {
+            if !all.iter().any(|known| known.addr == *addr) {
+                all.push(Remote { kind: RemoteKind::PeerReflexive, addr: *addr });
+            }
+        }
+        all
+    }
+
+    /// Those of the record alone, best first.
+    pub fn announced(&self) -> &[Remote] {
+        &self.announced
+    }
+
+    pub fn kind_of(&self, at: SocketAddr) -> Option<RemoteKind> {
+        self.all().into_iter().find(|remote| remote.addr == at).map(|remote| remote.kind)
+    }
+}
+
+fn usable(candidates: &[Candidate]) -> Vec<Remote> {
+    let usable =
+        candidates.iter().filter(|candidate| candidate.addr.port() != 0 && addr::is_routable(candidate.addr.ip()));
+    usable.take(MAX_CANDIDATES).map(|candidate| Remote { kind: candidate.kind.into(), addr: candidate.addr }).collect()
+}
