@@ -29,6 +29,8 @@ struct Node {
     endpoint: SocketAddr,
     clock: Clock,
     reports: Vec<(WgPublicKey, PeerReport)>,
+    /// Its relays carry what it sends.
+    is_relayed: bool,
 }
 
 impl Node {
@@ -42,7 +44,7 @@ impl Node {
         let (tun, host) = link();
         let factory = BoringTunnels::new(&secret);
         let engine = Engine::start(Some(tun), net.socket(endpoint), factory, Arc::clone(&clock)).unwrap();
-        Self { engine, host, key: secret.public(), endpoint, clock, reports: Vec::new() }
+        Self { engine, host, key: secret.public(), endpoint, clock, reports: Vec::new(), is_relayed: false }
     }
 
     fn know(&mut self, peer: &Self, n: u8) {
@@ -67,6 +69,19 @@ impl Node {
     fn step(&mut self) {
         let reports = self.engine.handle_control((self.clock)());
         self.reports.extend(reports);
+    }
+
+    /// What went over each path since the last look, in the order of the paths.
+    fn traffic(&mut self) -> Vec<(Endpoint, u64, u64)> {
+        self.engine.handle_timeout((self.clock)());
+        let reports = self.engine.handle_control((self.clock)()).into_iter();
+        let paths = reports.flat_map(|(_, report)| match report {
+            PeerReport::Traffic(paths) => paths,
+            _ => Vec::new(),
+        });
+        let mut paths: Vec<_> = paths.map(|path| (path.endpoint, path.sent, path.received)).collect();
+        paths.sort_unstable();
+        paths
     }
 
     fn dropped(&self, name: &str) -> u64 {
@@ -105,7 +120,20 @@ fn until<const N: usize>(nodes: &mut [Node; N], what: &str, mut done: impl FnMut
     while !done(nodes) {
         assert!(RealInstant::now() < deadline, "not within {PATIENCE:?}: {what}; {:?}", nodes[0].engine.stats());
         nodes.iter_mut().for_each(Node::step);
+        (0..N).for_each(|from| relay(nodes, from));
         thread::yield_now();
+    }
+}
+
+/// Relays what a node has to relay.
+fn relay<const N: usize>(nodes: &mut [Node; N], from: usize) {
+    if !nodes[from].is_relayed {
+        return;
+    }
+    let sender = nodes[from].key;
+    for (to, server, datagram) in nodes[from].engine.take_relayed() {
+        let receiver = nodes.iter_mut().find(|node| node.key == to).unwrap();
+        receiver.engine.handle_relayed(&sender, server, &datagram);
     }
 }
 
