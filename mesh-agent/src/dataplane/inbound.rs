@@ -150,10 +150,13 @@ pub(super) fn open_all<'d, T, D, S>(
             shared.drops.count(Drop::InNotDelivered);
             continue;
         };
-        match tunnel.open(datagram, source.limited_as(), spare, now) {
+        let result = tunnel.open(datagram, source.limited_as(), spare, now);
+        if matches!(result, Opened::Packet(_) | Opened::Keepalive) {
+            traffic.count_received(source.endpoint());
+            authentic = Some(source.endpoint());
+        }
+        match result {
             Opened::Packet(packet) => {
-                traffic.count_received(source.endpoint());
-                authentic = Some(source.endpoint());
                 let len = packet.len();
                 match Inner::parse(packet) {
                     Some(inner) if snapshot.allowed_ips.lookup(inner.source) == Some(&slot) => {
@@ -168,10 +171,7 @@ pub(super) fn open_all<'d, T, D, S>(
                     None => shared.drops.count(Drop::InMalformed),
                 }
             }
-            Opened::Keepalive => {
-                traffic.count_received(source.endpoint());
-                authentic = Some(source.endpoint());
-            }
+            Opened::Keepalive => {}
             Opened::Dropped(reason) => shared.drops.count(match reason {
                 DropReason::Replayed => Drop::InReplayed,
                 DropReason::NoSession => Drop::InNoSession,

@@ -18,6 +18,8 @@ use super::traffic::Traffic;
 
 /// Demand and roaming are reported at most this often a peer.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// A peer whose packets come from ever other endpoints is reported this often: it may send on two paths at once.
+const ROAMING_PAUSE: Duration = Duration::from_millis(250);
 /// A tunnel with nothing to do for this long needs no timers: three times a session's life, when its keys are erased.
 const TIMERS_AFTER_USE: Duration = Duration::from_secs(3 * 180 + 5);
 /// WireGuard answers data within 10 s, with an empty packet if there is nothing to say.
@@ -297,7 +299,8 @@ impl<T: Tunnel> Peer<T> {
             return false;
         }
         let mut reports = self.reports();
-        let recent = |(last, at)| last == source && now.since(at) < REPORT_INTERVAL;
+        let pause = |last| if last == source { REPORT_INTERVAL } else { ROAMING_PAUSE };
+        let recent = |(last, at)| now.since(at) < pause(last);
         if reports.roamed_at.is_some_and(recent) {
             return false;
         }

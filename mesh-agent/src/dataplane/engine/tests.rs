@@ -489,6 +489,21 @@ fn a_peer_is_silent_when_packets_stay_unanswered_for_longer_than_a_keepalive_tak
 }
 
 #[test]
+fn roaming_between_two_endpoints_is_reported_four_times_a_second() {
+    let tunnel = BoringTunnels::new(&WgSecret::from_seed(&[1; 32]));
+    let key = WgSecret::from_seed(&[2; 32]).public();
+    let at = |millis| Instant::from_origin(Duration::from_millis(millis));
+    let peer = Peer::new(key, 1, tunnel.make(&key, &spec(2), 1, at(0)), false, Path::default());
+    let roam = |n, millis| {
+        peer.note_source(endpoint(n).into(), at(millis));
+        !peer.take_reports().is_empty()
+    };
+    assert!(roam(1, 1000) && !roam(2, 1010) && !roam(1, 1020));
+    assert!(roam(2, 1250) && !roam(1, 1260), "a new one soon");
+    assert!(!roam(2, 2240) && roam(2, 2250), "the same one a second later");
+}
+
+#[test]
 fn stopping_ends_the_threads_within_a_second() {
     let net = MemoryNet::default();
     let mut nodes = pair(&net);
