@@ -29,6 +29,7 @@ mod peer;
 mod queues;
 mod shared;
 mod table;
+mod traffic;
 pub mod tun;
 mod tunnel;
 pub mod udp;

@@ -1,8 +1,10 @@
-//! The control thread's part of moving datagrams: handshakes and timers.
+//! The control thread's part of moving datagrams: handshakes, timers, and all that relays carry.
 
+use std::iter;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
@@ -10,10 +12,10 @@ use mesh_proto::wg::{DropReason, MIN_BUFFER, OVERHEAD, Opened, Tunnel};
 use mesh_proto::wire::demux::{Datagram, WireGuardKind, classify};
 
 use super::drops::Drop;
-use super::inbound::flush;
+use super::inbound::{deliver, flush, open_all};
 use super::index;
 use super::io::{DatagramSocket, MAX_PACKET, Packed, PacketDevice};
-use super::peer::{Peer, limited_as};
+use super::peer::{Peer, Source};
 use super::queues::HandshakeMessage;
 use super::shared::Shared;
 use super::table::PeerTable;
@@ -25,11 +27,13 @@ const OUT_BYTES: usize = 8 * (MAX_PACKET + 1);
 /// Sends what control itself sends. It never waits for the kernel: the event loop runs on this thread.
 pub(super) struct Outbox {
     datagrams: Packed<Endpoint>,
+    /// What was opened of relayed data.
+    opened: Packed<()>,
 }
 
 impl Outbox {
     pub(super) fn new() -> Self {
-        Self { datagrams: Packed::new(OUT_BYTES) }
+        Self { datagrams: Packed::new(OUT_BYTES), opened: Packed::new(MAX_PACKET + 1) }
     }
 
     /// Sends all, where it goes over a relay to `peer`.
@@ -58,7 +62,7 @@ impl Outbox {
             return false;
         }
         let Some(spare) = self.datagrams.spare(MIN_BUFFER) else { return false };
-        let Some(len) = peer.tunnel().start_handshake(spare, now).map(<[u8]>::len) else { return false };
+        let Some(len) = peer.lock().tunnel.start_handshake(spare, now).map(<[u8]>::len) else { return false };
         self.datagrams.push_each(len, targets);
         peer.used(now);
         self.send(shared, Some(&peer.key));
@@ -74,19 +78,21 @@ impl Outbox {
         S: DatagramSocket,
     {
         let Some(spare) = self.datagrams.spare(MIN_BUFFER + OVERHEAD) else { return };
-        let mut tunnel = peer.tunnel();
-        let Some(datagram) = tunnel.handle_timeout(spare, now) else { return };
+        let mut inside = peer.lock();
+        let Some(datagram) = inside.tunnel.handle_timeout(spare, now) else { return };
         let len = datagram.len();
         let path = peer.path();
         if matches!(classify(datagram), Datagram::WireGuard(WireGuardKind::Data)) {
-            self.datagrams.push_each(len, path.data_target());
+            let targets = path.data_target().into_iter().chain(path.second_target());
+            self.datagrams.push_each(len, targets.clone());
+            targets.for_each(|endpoint| inside.traffic.count_sent(endpoint, 1));
         } else {
             self.datagrams.push_each(len, path.handshake_targets());
             if peer.is_silent(now) && peer.note_demand(now) {
                 shared.control.report(peer);
             }
         }
-        drop(tunnel);
+        drop(inside);
         self.send(shared, Some(&peer.key));
     }
 
@@ -107,7 +113,45 @@ impl Outbox {
         if let Err(why) = refused {
             shared.drops.count(why);
         }
-        self.send(shared, None);
+        self.send(shared, message.source.named_sender().as_ref());
+    }
+
+    /// Takes a WireGuard datagram that a relay brought. It never speaks for another peer than the one that the relay names.
+    pub(super) fn handle_relayed<F, D, S>(
+        &mut self,
+        shared: &Shared<F::Tunnel, D, S>,
+        factory: &F,
+        peers: &PeerTable<F::Tunnel>,
+        (server, sender): (ServerId, WgPublicKey),
+        datagram: &[u8],
+        now: Instant,
+    ) where
+        F: TunnelFactory,
+        D: PacketDevice,
+        S: DatagramSocket,
+    {
+        let source = Source::Relay(server, sender);
+        match classify(datagram) {
+            _ if peers.by_key(&sender).is_none() => shared.drops.count(Drop::RelayedUnknownPeer),
+            Datagram::WireGuard(WireGuardKind::Data) => {
+                let snapshot = shared.snapshot.load();
+                let slot = index::read(datagram, 4).and_then(|index| snapshot.by_index.slot(index));
+                let Some(slot) = slot else { return shared.drops.count(Drop::InUnknownIndex) };
+                if snapshot.peer(slot).key != sender {
+                    return shared.drops.count(Drop::RelayedForeign);
+                }
+                let datagrams = iter::once((datagram, source));
+                self.opened.clear();
+                open_all(shared, (&**snapshot, slot), datagrams, &mut self.opened, &mut self.datagrams, now);
+                deliver(shared, &self.opened);
+                self.send(shared, Some(&sender));
+            }
+            Datagram::WireGuard(kind) => {
+                let message = HandshakeMessage { kind, source, bytes: datagram.into() };
+                self.handle_handshake(shared, factory, peers, &message, now);
+            }
+            Datagram::Probe | Datagram::Stun | Datagram::Unknown => shared.drops.count(Drop::InUnknown),
+        }
     }
 
     /// Finds the peer of a message, cheap checks first.
@@ -120,26 +164,33 @@ impl Outbox {
         let bytes = &message.bytes;
         if matches!(message.kind, WireGuardKind::Initiation | WireGuardKind::Response) {
             let spare = self.datagrams.spare(MIN_BUFFER).ok_or(Drop::HandshakeUnderLoad)?;
-            match factory.admit(bytes, limited_as(message.source), spare) {
+            match factory.admit(bytes, message.source.limited_as(), spare) {
                 Ok(()) => {}
                 Err(Refused::Invalid) => return Err(Drop::HandshakeInvalid),
                 Err(Refused::UnderLoad(cookie)) => {
                     if let Some(len) = cookie.map(<[u8]>::len) {
-                        self.datagrams.push(len, message.source);
+                        self.datagrams.push(len, message.source.endpoint());
                     }
                     return Err(Drop::HandshakeUnderLoad);
                 }
             }
         }
-        let found = match message.kind {
+        let by_index = |at| {
+            let found = index::read(bytes, at).and_then(|index| peers.by_index(index));
+            found.ok_or(Drop::HandshakeUnexpected)
+        };
+        let peer = match message.kind {
             WireGuardKind::Initiation => {
                 let key = factory.initiator(bytes).ok_or(Drop::HandshakeInvalid)?;
-                return peers.by_key(&key).cloned().ok_or(Drop::HandshakeUnknownKey);
+                peers.by_key(&key).ok_or(Drop::HandshakeUnknownKey)
             }
-            WireGuardKind::Response => index::read(bytes, 8),
-            WireGuardKind::CookieReply | WireGuardKind::Data => index::read(bytes, 4),
-        };
-        found.and_then(|index| peers.by_index(index)).cloned().ok_or(Drop::HandshakeUnexpected)
+            WireGuardKind::Response => by_index(8),
+            WireGuardKind::CookieReply | WireGuardKind::Data => by_index(4),
+        }?;
+        match message.source.named_sender() {
+            Some(sender) if sender != peer.key => Err(Drop::RelayedForeign),
+            _ => Ok(Arc::clone(peer)),
+        }
     }
 
     fn answer<T, D, S>(
@@ -154,10 +205,10 @@ impl Outbox {
         D: PacketDevice,
         S: DatagramSocket,
     {
-        let source = message.source;
+        let source = message.source.endpoint();
         let spare = self.datagrams.spare(MIN_BUFFER).ok_or(Drop::HandshakeUnderLoad)?;
-        let mut tunnel = peer.tunnel();
-        match tunnel.open(&message.bytes, limited_as(source), spare, now) {
+        let mut inside = peer.lock();
+        match inside.tunnel.open(&message.bytes, message.source.limited_as(), spare, now) {
             Opened::Reply(reply) => {
                 let len = reply.len();
                 self.datagrams.push(len, source);
@@ -165,9 +216,10 @@ impl Outbox {
             Opened::Established(confirm) => {
                 if let Some(len) = confirm.map(<[u8]>::len) {
                     self.datagrams.push(len, source);
+                    inside.traffic.count_sent(source, 1);
                 }
-                flush(&mut *tunnel, peer, source, &mut self.datagrams, now);
-                if peer.note_handshake(&tunnel, source, now) {
+                flush(&mut inside, peer, source, &mut self.datagrams, now);
+                if peer.note_handshake(&inside.tunnel, source, now) {
                     shared.control.report(peer);
                 }
             }
@@ -181,7 +233,7 @@ impl Outbox {
                 });
             }
         }
-        drop(tunnel);
+        drop(inside);
         peer.used(now);
         Ok(())
     }

@@ -47,6 +47,10 @@ drops! {
     InForeignSource = "in_foreign_source",
     /// The host did not take the packet, or there is no link.
     InNotDelivered = "in_not_delivered",
+    /// Over a relay, from a node that is no peer.
+    RelayedUnknownPeer = "relayed_unknown_peer",
+    /// Over a relay, of another peer's tunnel than of the one that the relay names as its sender.
+    RelayedForeign = "relayed_foreign",
     /// More probes and STUN messages came than control takes: this one was a probe.
     ProbeQueueFull = "probe_queue_full",
     /// The same, and this one was a STUN message.

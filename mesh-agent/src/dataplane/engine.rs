@@ -140,6 +140,13 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         self.shared.control.take_relayed()
     }
 
+    /// Takes a WireGuard datagram that a relay brought from the peer `sender`; what answers it goes back over the same relay.
+    pub fn handle_relayed(&mut self, sender: &WgPublicKey, server: ServerId, datagram: &[u8]) {
+        self.publish();
+        let (source, now) = ((server, *sender), self.shared.now());
+        self.outbox.handle_relayed(&self.shared, &self.factory, &self.peers, source, datagram, now);
+    }
+
     /// Probes and STUN messages that came since the last call.
     pub fn take_control(&mut self) -> Vec<ControlDatagram> {
         self.shared.control.take_datagrams()
@@ -159,7 +166,7 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
     }
 
     /// Handles waiting handshakes and gives what happened to peers since the last call: per peer only the newest of each
-    /// kind, demand and roaming at most once a second.
+    /// kind, demand and roaming at most once a second, traffic as often as [`Self::handle_timeout`] looks.
     pub fn handle_control(&mut self, now: Instant) -> Vec<(WgPublicKey, PeerReport)> {
         self.publish();
         for handled in 0..=HANDSHAKES_A_CALL {
@@ -181,7 +188,7 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         reports
     }
 
-    /// Runs the timers of peers in use; call every 250 ms.
+    /// Runs the timers of peers in use, and looks at their traffic for the next [`Self::handle_control`]; call every 250 ms.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.publish();
         if self.limits_reset.is_none_or(|at| now.since(at) >= LIMITS_INTERVAL) {
@@ -190,6 +197,9 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         }
         for peer in self.peers.peers().filter(|peer| peer.needs_timers(now)) {
             self.outbox.handle_timeout(&self.shared, peer, now);
+            if peer.note_traffic() {
+                self.shared.control.list(peer);
+            }
         }
     }
 

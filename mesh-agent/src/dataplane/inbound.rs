@@ -13,7 +13,7 @@ use super::drops::Drop;
 use super::index;
 use super::inner::Inner;
 use super::io::{DatagramSocket, MAX_BATCH, MAX_PACKET, Packed, PacketDevice, Received};
-use super::peer::{Peer, limited_as};
+use super::peer::{Inside, Peer, Source};
 use super::queues::MAX_CONTROL_DATAGRAM;
 use super::shared::{Shared, Snapshot};
 
@@ -73,14 +73,11 @@ impl Batch {
         self.flushed.clear();
         for group in self.order.chunk_by(|a, b| a.0 == b.0) {
             let datagrams = group.iter().map(|(_, at)| self.received.get(*at as usize));
-            let datagrams = datagrams.map(|(datagram, source)| (datagram, Endpoint::from(source)));
+            let datagrams = datagrams.map(|(datagram, source)| (datagram, Source::Direct(source)));
             let place = (&**snapshot, group[0].0);
             open_all(shared, place, datagrams, &mut self.opened, &mut self.flushed, now);
         }
-        if !self.opened.is_empty() {
-            let taken = shared.device.load().as_ref().map_or(0, |device| device.write(&self.opened));
-            shared.drops.add(Drop::InNotDelivered, self.opened.len().saturating_sub(taken));
-        }
+        deliver(shared, &self.opened);
         shared.send(&self.flushed);
     }
 
@@ -100,7 +97,7 @@ impl Batch {
                     }
                 }
                 Datagram::WireGuard(kind) => {
-                    if !shared.control.queue_handshake(kind, source.into(), datagram) {
+                    if !shared.control.queue_handshake(kind, source, datagram) {
                         shared.drops.count(Drop::HandshakeQueueFull);
                     }
                 }
@@ -117,10 +114,24 @@ impl Batch {
     }
 }
 
-fn open_all<'d, T, D, S>(
+/// Hands opened packets to the host.
+pub(super) fn deliver<T, D, S>(shared: &Shared<T, D, S>, opened: &Packed<()>)
+where
+    T: Tunnel + 'static,
+    D: PacketDevice,
+    S: DatagramSocket,
+{
+    if !opened.is_empty() {
+        let taken = shared.device.load().as_ref().map_or(0, |device| device.write(opened));
+        shared.drops.add(Drop::InNotDelivered, opened.len().saturating_sub(taken));
+    }
+}
+
+/// Opens data of one peer: packets to `opened`, what had waited for the session to `flushed`.
+pub(super) fn open_all<'d, T, D, S>(
     shared: &Shared<T, D, S>,
     (snapshot, slot): (&Snapshot<T>, u32),
-    datagrams: impl Iterator<Item = (&'d [u8], Endpoint)>,
+    datagrams: impl Iterator<Item = (&'d [u8], Source)>,
     opened: &mut Packed<()>,
     flushed: &mut Packed<Endpoint>,
     now: Instant,
@@ -132,15 +143,20 @@ fn open_all<'d, T, D, S>(
     let peer = snapshot.peer(slot);
     let (mut packets, mut bytes) = (0, 0);
     let mut authentic = None;
-    let mut tunnel = peer.tunnel();
+    let mut inside = peer.lock();
+    let Inside { tunnel, traffic } = &mut *inside;
     for (datagram, source) in datagrams {
         let Some(spare) = opened.spare(datagram.len().max(MIN_BUFFER)) else {
             shared.drops.count(Drop::InNotDelivered);
             continue;
         };
-        match tunnel.open(datagram, limited_as(source), spare, now) {
+        let result = tunnel.open(datagram, source.limited_as(), spare, now);
+        if matches!(result, Opened::Packet(_) | Opened::Keepalive) {
+            traffic.count_received(source.endpoint());
+            authentic = Some(source.endpoint());
+        }
+        match result {
             Opened::Packet(packet) => {
-                authentic = Some(source);
                 let len = packet.len();
                 match Inner::parse(packet) {
                     Some(inner) if snapshot.allowed_ips.lookup(inner.source) == Some(&slot) => {
@@ -155,7 +171,7 @@ fn open_all<'d, T, D, S>(
                     None => shared.drops.count(Drop::InMalformed),
                 }
             }
-            Opened::Keepalive => authentic = Some(source),
+            Opened::Keepalive => {}
             Opened::Dropped(reason) => shared.drops.count(match reason {
                 DropReason::Replayed => Drop::InReplayed,
                 DropReason::NoSession => Drop::InNoSession,
@@ -166,9 +182,9 @@ fn open_all<'d, T, D, S>(
         }
     }
     let Some(source) = authentic else { return };
-    let established = peer.note_handshake(&tunnel, source, now);
-    flush(&mut *tunnel, peer, source, flushed, now);
-    drop(tunnel);
+    let established = peer.note_handshake(tunnel, source, now);
+    flush(&mut inside, peer, source, flushed, now);
+    drop(inside);
     peer.used(now);
     peer.count_received(packets, bytes, now);
     let roamed = peer.note_source(source, now);
@@ -179,18 +195,19 @@ fn open_all<'d, T, D, S>(
 
 /// Takes out what waited for a session, as far as there is room; the rest comes with the next batch.
 pub(super) fn flush<T: Tunnel>(
-    tunnel: &mut T,
+    inside: &mut Inside<T>,
     peer: &Peer<T>,
     target: Endpoint,
     flushed: &mut Packed<Endpoint>,
     now: Instant,
 ) {
     let (mut packets, mut bytes) = (0, 0);
-    while let Some(datagram) = flushed.spare(MAX_PACKET + OVERHEAD).and_then(|spare| tunnel.flush(spare, now)) {
+    while let Some(datagram) = flushed.spare(MAX_PACKET + OVERHEAD).and_then(|spare| inside.tunnel.flush(spare, now)) {
         let len = datagram.len();
         flushed.push(len, target);
         packets += 1;
         bytes += len.saturating_sub(OVERHEAD) as u64;
     }
+    inside.traffic.count_sent(target, packets);
     peer.count_sent(packets, bytes, now);
 }

@@ -115,13 +115,13 @@ fn seal_all<'p, T, D, S>(
     let (target, second) = (path.data_target(), path.second_target());
     let first = sealed.len();
     let (mut sent, mut bytes, mut demand) = (0, 0, false);
-    let mut tunnel = peer.tunnel();
+    let mut inside = peer.lock();
     for packet in packets {
         let Some(spare) = sealed.spare((packet.len() + OVERHEAD).max(MIN_BUFFER)) else {
             shared.drops.count(Drop::OutNotSealed);
             continue;
         };
-        match (tunnel.seal(packet, spare, now), target) {
+        match (inside.tunnel.seal(packet, spare, now), target) {
             (Sealed::Data(datagram), Some(target)) => {
                 let len = datagram.len();
                 sealed.push_each(len, iter::once(target).chain(second));
@@ -141,7 +141,8 @@ fn seal_all<'p, T, D, S>(
             (Sealed::Dropped(_), _) => shared.drops.count(Drop::OutNotSealed),
         }
     }
-    drop(tunnel);
+    target.into_iter().chain(second).for_each(|endpoint| inside.traffic.count_sent(endpoint, sent));
+    drop(inside);
     peer.used(now);
     peer.count_sent(sent, bytes, now);
     if path.has_relay() {

@@ -1,19 +1,25 @@
 //! One peer as the threads see it: its tunnel behind a lock, where its packets go, and what control should hear of it.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
+use mesh_common::limits::REKEY_TIMEOUT;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Endpoint, PeerCounters, PeerReport, PeerRoute};
 use mesh_proto::wg::Tunnel;
 
+use super::traffic::Traffic;
+
 /// Demand and roaming are reported at most this often a peer.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// A peer whose packets come from ever other endpoints is reported this often: it may send on two paths at once.
+const ROAMING_PAUSE: Duration = Duration::from_millis(250);
 /// A tunnel with nothing to do for this long needs no timers: three times a session's life, when its keys are erased.
 const TIMERS_AFTER_USE: Duration = Duration::from_secs(3 * 180 + 5);
 /// WireGuard answers data within 10 s, with an empty packet if there is nothing to say.
@@ -26,17 +32,52 @@ pub(super) struct Peer<T> {
     pub(super) index: u32,
     pub(super) counters: Counters,
     keepalive: bool,
-    tunnel: Mutex<T>,
+    inside: Mutex<Inside<T>>,
     path: ArcSwap<Path>,
     reports: Mutex<Reports>,
 }
 
-/// The address that a source counts as where handshakes are limited by address: relayed ones have one of the discard
-/// prefix (RFC 6666) for each relay.
-pub(super) fn limited_as(source: Endpoint) -> IpAddr {
-    match source {
-        Endpoint::Direct(at) => at.ip(),
-        Endpoint::Relay(server) => Ipv6Addr::from_bits((0x100 << 112) | server.0 as u128).into(),
+/// What a thread needs alone.
+#[derive(Debug)]
+pub(super) struct Inside<T> {
+    pub(super) tunnel: T,
+    pub(super) traffic: Traffic,
+}
+
+/// Where a datagram came from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source {
+    Direct(SocketAddr),
+    /// A relay, and whom it names as the sender.
+    Relay(ServerId, WgPublicKey),
+}
+
+impl Source {
+    pub(super) fn endpoint(self) -> Endpoint {
+        match self {
+            Self::Direct(at) => Endpoint::Direct(at),
+            Self::Relay(server, _) => Endpoint::Relay(server),
+        }
+    }
+
+    /// Whom a relay names as the sender.
+    pub(super) fn named_sender(self) -> Option<WgPublicKey> {
+        match self {
+            Self::Direct(_) => None,
+            Self::Relay(_, peer) => Some(peer),
+        }
+    }
+
+    /// The address it counts as where handshakes are limited by address: what was relayed has one of the discard prefix
+    /// (RFC 6666) for each peer, whichever relay it took.
+    pub(super) fn limited_as(self) -> IpAddr {
+        match self {
+            Self::Direct(at) => at.ip(),
+            Self::Relay(_, peer) => {
+                let [a, b, c, d, e, f, g, h, ..] = peer.0;
+                Ipv6Addr::from([1, 0, 0, 0, 0, 0, 0, 0, a, b, c, d, e, f, g, h]).into()
+            }
+        }
     }
 }
 
@@ -44,8 +85,8 @@ pub(super) fn limited_as(source: Endpoint) -> IpAddr {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Path {
     pub(super) route: PeerRoute,
-    /// Where the last handshake completed.
-    pub(super) proven: Option<Endpoint>,
+    /// Where the last handshake completed, and when.
+    proven: Option<(Endpoint, Instant)>,
 }
 
 impl Path {
@@ -54,7 +95,7 @@ impl Path {
     pub(super) fn data_target(&self) -> Option<Endpoint> {
         match self.route.primary {
             Some(primary) if self.route.handshake_fan_out.is_empty() => Some(primary),
-            guess => self.proven.or(guess),
+            guess => self.proven().or(guess),
         }
     }
 
@@ -64,17 +105,30 @@ impl Path {
     }
 
     pub(super) fn handshake_targets(&self) -> BTreeSet<Endpoint> {
-        endpoints(&self.route).chain(self.proven).collect()
+        endpoints(&self.route).chain(self.proven()).collect()
     }
 
     /// Whether anything may go out over a relay.
     pub(super) fn has_relay(&self) -> bool {
-        endpoints(&self.route).chain(self.proven).any(Endpoint::is_relay)
+        endpoints(&self.route).chain(self.proven()).any(Endpoint::is_relay)
+    }
+
+    fn proven(&self) -> Option<Endpoint> {
+        self.proven.map(|(endpoint, _)| endpoint)
+    }
+
+    /// When both sides begin at once, one handshake completes directly and the other over the relay: the order does not
+    /// matter, the direct path is the better one.
+    fn prove(&self, endpoint: Endpoint, at: Instant) -> Self {
+        let direct = self
+            .proven
+            .filter(|(proven, before)| endpoint.is_relay() && !proven.is_relay() && at.since(*before) < REKEY_TIMEOUT);
+        Self { route: self.route.clone(), proven: direct.or(Some((endpoint, at))) }
     }
 
     fn follows(&self, route: &PeerRoute) -> bool {
         let is_nowhere = endpoints(route).next().is_none();
-        is_nowhere || self.proven.is_none_or(|proven| endpoints(route).any(|endpoint| endpoint == proven))
+        is_nowhere || self.proven().is_none_or(|proven| endpoints(route).any(|endpoint| endpoint == proven))
     }
 }
 
@@ -132,12 +186,13 @@ impl Moment {
     }
 }
 
-/// What control has not heard yet: newest only, so it needs no queue.
+/// What control has not heard yet: newest only, or sums, so it needs no queue.
 #[derive(Debug, Default)]
 struct Reports {
     demand: bool,
     handshake: Option<Endpoint>,
     roamed: Option<Endpoint>,
+    traffic: Traffic,
     /// The peer stands in control's list.
     listed: bool,
     demand_at: Option<Instant>,
@@ -151,15 +206,15 @@ impl<T: Tunnel> Peer<T> {
             index,
             counters: Counters::default(),
             keepalive,
-            tunnel: Mutex::new(tunnel),
+            inside: Mutex::new(Inside { tunnel, traffic: Traffic::default() }),
             path: ArcSwap::from_pointee(path),
             reports: Mutex::default(),
         }
     }
 
-    /// The tunnel. A thread that panicked with it in hand leaves it usable: sessions renew themselves.
-    pub(super) fn tunnel(&self) -> MutexGuard<'_, T> {
-        self.tunnel.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The tunnel and its traffic. A thread that panicked with them in hand leaves them usable: sessions renew themselves.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inside<T>> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn path(&self) -> arc_swap::Guard<Arc<Path>> {
@@ -232,9 +287,7 @@ impl<T: Tunnel> Peer<T> {
         if !self.counters.last_handshake.advance(at) {
             return false;
         }
-        if self.path().proven != Some(source) {
-            self.path.rcu(|path| Path { route: path.route.clone(), proven: Some(source) });
-        }
+        self.path.rcu(|path| path.prove(source, at));
         let mut reports = self.reports();
         reports.handshake = Some(source);
         reports.list()
@@ -246,7 +299,8 @@ impl<T: Tunnel> Peer<T> {
             return false;
         }
         let mut reports = self.reports();
-        let recent = |(last, at)| last == source && now.since(at) < REPORT_INTERVAL;
+        let pause = |last| if last == source { REPORT_INTERVAL } else { ROAMING_PAUSE };
+        let recent = |(last, at)| now.since(at) < pause(last);
         if reports.roamed_at.is_some_and(recent) {
             return false;
         }
@@ -265,13 +319,26 @@ impl<T: Tunnel> Peer<T> {
         reports.list()
     }
 
+    /// Notes what went over each path since the last look.
+    pub(super) fn note_traffic(&self) -> bool {
+        let traffic = std::mem::take(&mut self.lock().traffic);
+        if traffic.is_empty() {
+            return false;
+        }
+        let mut reports = self.reports();
+        reports.traffic.merge(traffic);
+        reports.list()
+    }
+
     pub(super) fn take_reports(&self) -> Vec<PeerReport> {
         let mut reports = self.reports();
         reports.listed = false;
         let demand = std::mem::take(&mut reports.demand).then_some(PeerReport::Demand);
         let handshake = reports.handshake.take().map(|endpoint| PeerReport::Handshake { endpoint });
         let roamed = reports.roamed.take().map(|endpoint| PeerReport::Roamed { endpoint });
-        demand.into_iter().chain(roamed).chain(handshake).collect()
+        let traffic = std::mem::take(&mut reports.traffic);
+        let traffic = (!traffic.is_empty()).then(|| PeerReport::Traffic(traffic.into_paths()));
+        demand.into_iter().chain(roamed).chain(handshake).chain(traffic).collect()
     }
 
     fn reports(&self) -> MutexGuard<'_, Reports> {

@@ -11,11 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
-use mesh_proto::device::Endpoint;
 use mesh_proto::wire::demux::WireGuardKind;
 use tokio::sync::Notify;
 
-use super::peer::Peer;
+use super::peer::{Peer, Source};
 
 /// Handshake messages that wait for control: what it does in about 50 ms. As many probes and STUN messages wait beside.
 pub(super) const CONTROL_QUEUE: usize = 256;
@@ -38,7 +37,7 @@ pub(super) struct Queues<T> {
 #[derive(Debug)]
 pub(super) struct HandshakeMessage {
     pub(super) kind: WireGuardKind,
-    pub(super) source: Endpoint,
+    pub(super) source: Source,
     /// At most the 148 bytes of an initiation: their lengths are fixed.
     pub(super) bytes: Box<[u8]>,
 }
@@ -71,12 +70,12 @@ impl<T> Default for Queues<T> {
 
 impl<T> Queues<T> {
     /// False when the queue is full.
-    pub(super) fn queue_handshake(&self, kind: WireGuardKind, source: Endpoint, datagram: &[u8]) -> bool {
+    pub(super) fn queue_handshake(&self, kind: WireGuardKind, source: SocketAddr, datagram: &[u8]) -> bool {
         let mut queue = lock(&self.handshakes);
         if queue.len() >= CONTROL_QUEUE {
             return false;
         }
-        queue.push_back(HandshakeMessage { kind, source, bytes: datagram.into() });
+        queue.push_back(HandshakeMessage { kind, source: Source::Direct(source), bytes: datagram.into() });
         drop(queue);
         self.notify.notify_one();
         true
@@ -121,8 +120,13 @@ impl<T> Queues<T> {
 
     /// Puts a peer on the list; it holds each peer at most once ([`Peer`]'s `note_*` see to that).
     pub(super) fn report(&self, peer: &Arc<Peer<T>>) {
-        lock(&self.reporting).push(Arc::clone(peer));
+        self.list(peer);
         self.notify.notify_one();
+    }
+
+    /// The same, for when control looks anyway.
+    pub(super) fn list(&self, peer: &Arc<Peer<T>>) {
+        lock(&self.reporting).push(Arc::clone(peer));
     }
 
     pub(super) fn take_reporting(&self) -> Vec<Arc<Peer<T>>> {

@@ -29,6 +29,8 @@ struct Node {
     endpoint: SocketAddr,
     clock: Clock,
     reports: Vec<(WgPublicKey, PeerReport)>,
+    /// Its relays carry what it sends.
+    is_relayed: bool,
 }
 
 impl Node {
@@ -42,7 +44,7 @@ impl Node {
         let (tun, host) = link();
         let factory = BoringTunnels::new(&secret);
         let engine = Engine::start(Some(tun), net.socket(endpoint), factory, Arc::clone(&clock)).unwrap();
-        Self { engine, host, key: secret.public(), endpoint, clock, reports: Vec::new() }
+        Self { engine, host, key: secret.public(), endpoint, clock, reports: Vec::new(), is_relayed: false }
     }
 
     fn know(&mut self, peer: &Self, n: u8) {
@@ -67,6 +69,19 @@ impl Node {
     fn step(&mut self) {
         let reports = self.engine.handle_control((self.clock)());
         self.reports.extend(reports);
+    }
+
+    /// What went over each path since the last look, in the order of the paths.
+    fn traffic(&mut self) -> Vec<(Endpoint, u64, u64)> {
+        self.engine.handle_timeout((self.clock)());
+        let reports = self.engine.handle_control((self.clock)()).into_iter();
+        let paths = reports.flat_map(|(_, report)| match report {
+            PeerReport::Traffic(paths) => paths,
+            _ => Vec::new(),
+        });
+        let mut paths: Vec<_> = paths.map(|path| (path.endpoint, path.sent, path.received)).collect();
+        paths.sort_unstable();
+        paths
     }
 
     fn dropped(&self, name: &str) -> u64 {
@@ -105,7 +120,20 @@ fn until<const N: usize>(nodes: &mut [Node; N], what: &str, mut done: impl FnMut
     while !done(nodes) {
         assert!(RealInstant::now() < deadline, "not within {PATIENCE:?}: {what}; {:?}", nodes[0].engine.stats());
         nodes.iter_mut().for_each(Node::step);
+        (0..N).for_each(|from| relay(nodes, from));
         thread::yield_now();
+    }
+}
+
+/// Relays what a node has to relay.
+fn relay<const N: usize>(nodes: &mut [Node; N], from: usize) {
+    if !nodes[from].is_relayed {
+        return;
+    }
+    let sender = nodes[from].key;
+    for (to, server, datagram) in nodes[from].engine.take_relayed() {
+        let receiver = nodes.iter_mut().find(|node| node.key == to).unwrap();
+        receiver.engine.handle_relayed(&sender, server, &datagram);
     }
 }
 
@@ -458,6 +486,21 @@ fn a_peer_is_silent_when_packets_stay_unanswered_for_longer_than_a_keepalive_tak
     assert!(peer.is_silent(at(1012)), "since the first unanswered packet");
     peer.count_received(0, 0, at(1012));
     assert!(!peer.is_silent(at(1013)), "a keepalive is an answer");
+}
+
+#[test]
+fn roaming_between_two_endpoints_is_reported_four_times_a_second() {
+    let tunnel = BoringTunnels::new(&WgSecret::from_seed(&[1; 32]));
+    let key = WgSecret::from_seed(&[2; 32]).public();
+    let at = |millis| Instant::from_origin(Duration::from_millis(millis));
+    let peer = Peer::new(key, 1, tunnel.make(&key, &spec(2), 1, at(0)), false, Path::default());
+    let roam = |n, millis| {
+        peer.note_source(endpoint(n).into(), at(millis));
+        !peer.take_reports().is_empty()
+    };
+    assert!(roam(1, 1000) && !roam(2, 1010) && !roam(1, 1020));
+    assert!(roam(2, 1250) && !roam(1, 1260), "a new one soon");
+    assert!(!roam(2, 2240) && roam(2, 2250), "the same one a second later");
 }
 
 #[test]
