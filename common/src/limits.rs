@@ -83,6 +83,10 @@ pub const PEER_RETRY_MAX: Duration = Duration::from_secs(60);
 pub const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
 pub const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);
 
+/// Probes of this node to all its peers: a burst for a start, then 200 a second, whatever peers announce.
+pub const PROBE_BURST: u32 = 200;
+pub const PROBE_INTERVAL: Duration = Duration::from_millis(5);
+
 /// MTU of the mesh interface: 1500 less WireGuard over IPv6.
 pub const LINK_MTU: u16 = 1420;
 /// WireGuard's UDP port unless configured otherwise.

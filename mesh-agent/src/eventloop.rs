@@ -122,8 +122,8 @@ impl<'a> Node<'a> {
         let start = Start {
             keys: secret.derive(),
             identity: state.identity().clone(),
-            wg_public: state.wg().public(),
-            wg_proof: state.wg().prove(&state.identity().node_id()),
+            wg: state.wg().clone(),
+            path_policy: PathPolicy::default(),
             instance,
             seed: *seed,
             unix_ms: started_at_ms,

@@ -156,8 +156,8 @@ impl Host {
         let start = Start {
             keys: self.plan.keys.clone(),
             identity: self.plan.identity.clone(),
-            wg_public: self.plan.wg.public(),
-            wg_proof: self.plan.wg.prove(&self.node()),
+            wg: self.plan.wg.clone(),
+            path_policy: PathPolicy::default(),
             instance: instance.try_into().expect("two words are 16 bytes"),
             seed: seed.try_into().expect("four words are 32 bytes"),
             unix_ms: unix_ms(&self.plan, now),

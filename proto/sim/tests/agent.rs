@@ -133,8 +133,8 @@ impl Bench {
         let wg = WgSecret::from_seed(CANARY);
         let start = Start {
             keys: secret().derive(),
-            wg_public: wg.public(),
-            wg_proof: wg.prove(&identity.node_id()),
+            wg: wg.clone(),
+            path_policy: PathPolicy::default(),
             identity,
             instance: [9; 16],
             seed: *CANARY,

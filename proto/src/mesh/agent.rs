@@ -20,7 +20,7 @@ use crate::discovery::client::Client;
 use crate::mesh::members::Members;
 use crate::mesh::peer::Peer;
 use crate::mesh::settings::Settings;
-use crate::path::agent::{PathAgent, PathEvent, PathState};
+use crate::path::agent::{PathAgent, PathEvent, PathPolicy, PathState};
 use crate::random::SplitMix64;
 use crate::wire::session::SessionError;
 
@@ -67,6 +67,7 @@ pub struct Start {
     pub announced: Announced,
     /// Highest sequence number seen of each node.
     pub marks: BTreeMap<NodeId, u64>,
+    pub path_policy: PathPolicy,
     /// Frames of the last run's members, verbatim.
     pub frames: Vec<Bytes>,
 }
@@ -138,6 +139,7 @@ pub struct Agent {
     /// What stood on the host before the first step, without a member that accounts for it.
     orphan_floor: BTreeSet<Route>,
     paths: BTreeMap<WgPublicKey, PathAgent>,
+    path_policy: PathPolicy,
     probing: paths::Probing,
     echoes: echo::Echoes,
     static_routes: BTreeMap<WgPublicKey, PeerRoute>,
@@ -219,6 +221,7 @@ impl Agent {
             synced_at: None,
             orphan_floor: BTreeSet::new(),
             paths: BTreeMap::new(),
+            path_policy: start.path_policy,
             probing: paths::Probing::new(now),
             echoes: echo::Echoes::default(),
             static_routes: BTreeMap::new(),
@@ -410,8 +413,7 @@ impl Agent {
             client.handle_timeout(now);
         }
         let is_due = |path: &PathAgent| path.poll_timeout().is_some_and(|(at, _)| at <= now);
-        let due: Vec<WgPublicKey> =
-            self.paths.iter().filter(|(_, path)| is_due(path)).map(|(key, _)| *key).collect();
+        let due: Vec<WgPublicKey> = self.paths.iter().filter(|(_, path)| is_due(path)).map(|(key, _)| *key).collect();
         for key in due {
             self.with_path(&key, now, |path| path.handle_timeout(now));
         }

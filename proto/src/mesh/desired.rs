@@ -22,6 +22,8 @@ pub struct Inputs<'a> {
     pub peers: &'a [Peer],
     /// Which tunnel each peer should have, see [`PeerSpec::generation`].
     pub tunnels: &'a BTreeMap<WgPublicKey, u64>,
+    /// The largest packet that fits through a peer's path, where that is less than the link's.
+    pub mtus: &'a BTreeMap<WgPublicKey, u16>,
     /// Peers with demand and no way to reach them.
     pub down: &'a BTreeSet<WgPublicKey>,
     pub underlay: &'a [UnderlayLink],
@@ -38,14 +40,15 @@ impl Inputs<'_> {
         for peer in self.peers {
             let allowed_ips = peer.routed();
             let is_down = self.down.contains(&peer.key);
-            self.add_routes(&mut routes, &allowed_ips, is_down, &endpoints);
+            let way = Way { is_down, mtu: self.mtus.get(&peer.key).copied() };
+            self.add_routes(&mut routes, &allowed_ips, way, &endpoints);
             let preshared_key = self.preshared_keys.get(&(peer.key, peer.node)).cloned();
             let generation = self.tunnels.get(&peer.key).copied().unwrap_or(0);
             let spec = PeerSpec { preshared_key, allowed_ips, keepalive: None, generation };
             peers.insert(peer.key, spec);
         }
         for peer in &self.settings.static_peers {
-            self.add_routes(&mut routes, &peer.allowed_ips, false, &endpoints);
+            self.add_routes(&mut routes, &peer.allowed_ips, Way::default(), &endpoints);
             let spec = PeerSpec {
                 preshared_key: peer.preshared_key.clone(),
                 allowed_ips: peer.allowed_ips.clone(),
@@ -76,13 +79,13 @@ impl Inputs<'_> {
         &self,
         routes: &mut BTreeSet<Route>,
         prefixes: &BTreeSet<IpNet>,
-        is_peer_down: bool,
+        way: Way,
         endpoints: &BTreeSet<IpAddr>,
     ) {
         for prefix in prefixes.iter().copied() {
             // Linux's reverse path filter, strict or loose, drops what comes from an address whose route is `unreachable`:
             // a peer that is down could never answer from inside such a prefix. So that one keeps its device route.
-            let down = is_peer_down && (self.settings.allow_down_peer_bypass || !holds_any(&prefix, endpoints));
+            let down = way.is_down && (self.settings.allow_down_peer_bypass || !holds_any(&prefix, endpoints));
             if !self.settings.allow_down_peer_bypass {
                 routes.insert(Route { prefix, kind: RouteKind::Unreachable });
             } else if down {
@@ -93,7 +96,7 @@ impl Inputs<'_> {
                     IpNet::V4(_) => self.overlay_v4.map(IpAddr::V4),
                     IpNet::V6(_) => Some(IpAddr::V6(self.overlay_v6)),
                 };
-                routes.insert(Route { prefix, kind: RouteKind::Dev { mtu: None, source } });
+                routes.insert(Route { prefix, kind: RouteKind::Dev { mtu: way.mtu, source } });
             }
         }
     }
@@ -127,6 +130,13 @@ impl Inputs<'_> {
             .filter(|link| !self.rp_filter_denied.contains(link))
             .collect()
     }
+}
+
+/// What a peer's path means for its routes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Way {
+    is_down: bool,
+    mtu: Option<u16>,
 }
 
 fn holds_any(prefix: &IpNet, addrs: &BTreeSet<IpAddr>) -> bool {

@@ -84,7 +84,7 @@ impl Surroundings<'_> {
             prefix_owners: self.prefix_owners(),
             v4_owners: self.v4_owners(),
             overlay_space: self.overlay_space(),
-            own_addresses: self.underlay.iter().flat_map(|link| link.addresses.iter().map(IpNet::addr)).collect(),
+            own_addresses: self.own_addresses(),
         };
         let mut peers: Vec<_> = self.members.iter().map(|(node, member)| self.peer(*node, member, &shared)).collect();
         self.refuse_captured_endpoints(&mut peers);
@@ -105,7 +105,7 @@ impl Surroundings<'_> {
             overlay_v6: record.overlay_v6,
             overlay_v4: overlay_v4.filter(|addr| self.local_overlap(IpNet::from(IpAddr::V4(*addr))).is_none()),
             prefixes: announced.into_iter().map(|prefix| (prefix, self.verdict(prefix, node, shared))).collect(),
-            candidates: self.candidates(member, shared),
+            candidates: self.rank(&record.candidates, &shared.own_addresses, &shared.overlay_space),
             instance: record.instance,
         }
     }
@@ -178,12 +178,21 @@ impl Surroundings<'_> {
         })
     }
 
-    fn candidates(&self, member: &Member, shared: &Shared) -> Vec<Candidate> {
+    /// Those of a peer's candidates that may be tried from here, best first.
+    pub fn usable_candidates(&self, candidates: &[Candidate]) -> Vec<Candidate> {
+        self.rank(candidates, &self.own_addresses(), &self.overlay_space())
+    }
+
+    fn own_addresses(&self) -> BTreeSet<IpAddr> {
+        self.underlay.iter().flat_map(|link| link.addresses.iter().map(IpNet::addr)).collect()
+    }
+
+    fn rank(&self, candidates: &[Candidate], own: &BTreeSet<IpAddr>, overlay: &[IpNet; 2]) -> Vec<Candidate> {
         let usable = |at: &SocketAddr| {
             at.port() != 0
                 && addr::is_routable(at.ip())
-                && !shared.own_addresses.contains(&at.ip())
-                && !shared.overlay_space.iter().any(|space| space.contains(&at.ip()))
+                && !own.contains(&at.ip())
+                && !overlay.iter().any(|space| space.contains(&at.ip()))
         };
         let rank = |candidate: &Candidate| {
             let on_link = self.connected().any(|(subnet, _)| subnet.contains(&candidate.addr.ip()));
@@ -195,7 +204,7 @@ impl Surroundings<'_> {
             };
             (!on_link, kind, candidate.addr)
         };
-        let mut ranked: Vec<Candidate> = member.record.candidates.clone();
+        let mut ranked: Vec<Candidate> = candidates.to_vec();
         ranked.retain(|candidate| usable(&candidate.addr));
         ranked.sort_by_key(rank);
         let mut seen = BTreeSet::new();

@@ -38,7 +38,8 @@ pub enum ParseFrameError {
     Kind(u8),
 }
 
-const MAGIC: &[u8; 4] = b"MSR1";
+/// How every frame begins.
+pub const MAGIC: &[u8; 4] = b"MSR1";
 /// Ed25519 signature, XChaCha20-Poly1305, bodies of wire v1.
 const SUITE: u8 = 1;
 const KIND_RECORD: u8 = 1;

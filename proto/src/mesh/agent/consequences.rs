@@ -14,7 +14,7 @@ use crate::mesh::desired::Inputs;
 use crate::mesh::peer::{self, Peer, Surroundings};
 use crate::mesh::reconcile::reconcile;
 use crate::mesh::settings::StaticPeer;
-use crate::path::agent::{PathAgent, PathPolicy};
+use crate::path::agent::PathAgent;
 
 impl Agent {
     /// From facts to consequences: peers, paths, desired state, steps, our own record.
@@ -62,6 +62,7 @@ impl Agent {
             overlay_v4: self.overlay_v4(),
             peers: &self.peers,
             tunnels: &self.paths.iter().map(|(key, path)| (*key, path.tunnel_generation())).collect(),
+            mtus: &self.paths.iter().filter_map(|(key, path)| Some((*key, path.mtu()?))).collect(),
             down: &self.down,
             underlay: &observed.underlay,
             loosened: &observed.loosened,
@@ -83,6 +84,11 @@ impl Agent {
     }
 
     fn judge_peers(&self, now: Instant) -> Vec<Peer> {
+        self.surroundings(now).peers()
+    }
+
+    /// What peers are judged by.
+    pub(super) fn surroundings(&self, now: Instant) -> Surroundings<'_> {
         Surroundings {
             settings: &self.settings,
             members: &self.members,
@@ -93,7 +99,6 @@ impl Agent {
             rp_filter_denied: &self.rp_filter_denied,
             now,
         }
-        .peers()
     }
 
     /// One path agent a member, one route a static peer.
@@ -106,13 +111,12 @@ impl Agent {
             self.preshared_keys
                 .entry((peer.key, peer.node))
                 .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
-            let path = self
-                .paths
-                .entry(peer.key)
-                .or_insert_with(|| PathAgent::new(self.random.next_u64(), PathPolicy::default()));
+            let path =
+                self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64(), self.path_policy));
             path.handle_candidates(&peer.candidates, now);
             path.handle_instance(peer.instance, now);
         }
+        self.sync_probing(now);
         let statics: BTreeMap<WgPublicKey, &StaticPeer> =
             self.settings.static_peers.iter().map(|peer| (peer.public_key, peer)).collect();
         self.static_routes.retain(|key, _| statics.contains_key(key));

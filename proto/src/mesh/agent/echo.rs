@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
 
@@ -105,14 +106,20 @@ impl Agent {
         true
     }
 
+    fn relay_to(&self, peer: &WgPublicKey) -> Option<ServerId> {
+        let peer = self.peers.iter().find(|known| known.key == *peer)?;
+        self.relays_to(&peer.node).first().copied()
+    }
+
     fn echo_endpoint(&self, peer: &WgPublicKey, via: Via, now: Instant) -> Result<Endpoint, EchoError> {
         let path = self.paths.get(peer).ok_or(EchoError::UnknownPeer)?;
         match via {
             Via::Any => path.route().primary.ok_or(EchoError::NoPath),
-            Via::Relay => path.best_relay().map(Endpoint::Relay).ok_or(EchoError::NoRelay),
+            Via::Relay => self.relay_to(peer).map(Endpoint::Relay).ok_or(EchoError::NoRelay),
             Via::Direct => {
-                let direct = path.direct().map(Endpoint::Direct);
-                direct.ok_or_else(|| EchoError::NoDirectPath(path.view(now).why_not_direct.unwrap_or_default()))
+                let view = path.view(now);
+                let carrying = view.endpoint.into_iter().chain(view.second).find(|endpoint| !endpoint.is_relay());
+                carrying.ok_or_else(|| EchoError::NoDirectPath(view.why_not_direct.unwrap_or_default()))
             }
         }
     }

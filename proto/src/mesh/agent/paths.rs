@@ -6,17 +6,17 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use bytes::Bytes;
+use ipnet::IpNet;
 use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ProbeKeys, WgPublicKey};
 use mesh_common::limits::{PROBE_BURST, PROBE_INTERVAL};
+use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 
 use super::{Agent, AgentEvent, SETTLE, is_down};
 use crate::device::Endpoint;
-use crate::discovery::client::Client;
 use crate::mesh::members::Admission;
 use crate::path::agent::{PathAgent, ProbeTransmit};
 use crate::path::replay::ReplayWindow;
@@ -30,6 +30,8 @@ pub(super) struct Probing {
     links: BTreeMap<WgPublicKey, Link>,
     by_tag: BTreeMap<[u8; 8], WgPublicKey>,
     budget: Budget,
+    /// What a path has given and the budget had no room for.
+    waiting: BTreeMap<WgPublicKey, ProbeTransmit>,
     /// Who was served last: a node with many peers probes them all alike.
     last_served: Option<WgPublicKey>,
     /// When the budget has room for those that wait.
@@ -86,6 +88,7 @@ impl Probing {
             links: BTreeMap::new(),
             by_tag: BTreeMap::new(),
             budget: Budget { tokens: PROBE_BURST, refilled: now },
+            waiting: BTreeMap::new(),
             last_served: None,
             again_at: None,
             dropped: BTreeMap::new(),
@@ -133,8 +136,7 @@ impl Agent {
     pub fn handle_datagram(&mut self, source: SocketAddr, bytes: &[u8], now: Instant) {
         match demux::classify(bytes) {
             Datagram::Probe => self.handle_probe(Endpoint::Direct(source), None, bytes, now),
-            Datagram::Stun => self.handle_stun(source, bytes, now),
-            Datagram::WireGuard(_) | Datagram::Unknown => self.probing.count(Dropped::Malformed),
+            Datagram::Stun | Datagram::WireGuard(_) | Datagram::Unknown => self.probing.count(Dropped::Malformed),
         }
         self.settle(now);
     }
@@ -170,7 +172,8 @@ impl Agent {
 
     /// A peer hands us its own record: it learned of us before a server told us of it. Listing is the server's to do.
     fn handle_offered_frame(&mut self, bytes: Bytes, now: Instant) {
-        if let Ok((node, Admission::New | Admission::Updated { .. } | Admission::Left)) = self.members.admit(bytes, now) {
+        if let Ok((node, Admission::New | Admission::Updated { .. } | Admission::Left)) = self.members.admit(bytes, now)
+        {
             tracing::debug!(node = %node.short(), "a peer handed over its record");
             self.events.push_back(AgentEvent::StoreMembers);
             self.work_out_at(now + SETTLE);
@@ -210,7 +213,7 @@ impl Agent {
         }
         let probe = match probe {
             Probe::Call(mut call) => {
-                call.candidates = self.usable_candidates(&call.candidates);
+                call.candidates = self.surroundings(now).usable_candidates(&call.candidates);
                 Probe::Call(call)
             }
             other => other,
@@ -246,34 +249,44 @@ impl Agent {
         self.sync_relays(now);
     }
 
-    /// Tells every path which relays reach its peer now.
+    /// Tells every path what surrounds it: relays that reach its peer, our own candidates and subnets, the NATs of both.
     pub(super) fn sync_relays(&mut self, now: Instant) {
-        let offering: Vec<ServerId> =
-            self.clients.iter().filter(|(_, client)| client.offers_relay()).map(|(server, _)| *server).collect();
+        let own = self.candidates();
+        let subnets = self.connected_subnets();
         for peer in &self.peers {
-            let Some(member) = self.members.get(&peer.node) else { continue };
-            let relays: Vec<ServerId> =
-                offering.iter().copied().filter(|server| member.listed_by.contains(server)).collect();
-            if let Some(path) = self.paths.get_mut(&peer.key) {
-                path.handle_relays(&relays, now);
-                let record = &member.record;
-                path.handle_nat(self.net.nat_classes(), [record.nat_v4, record.nat_v6], now);
-            }
+            let relays = self.relays_to(&peer.node);
+            let (Some(member), Some(path)) = (self.members.get(&peer.node), self.paths.get_mut(&peer.key)) else {
+                continue;
+            };
+            path.handle_own_candidates(&own, now);
+            path.handle_subnets(&subnets, now);
+            path.handle_nat([NatClass::default(); 2], [member.record.nat_v4, member.record.nat_v6], now);
+            path.handle_relays(&relays, now);
         }
     }
 
-    /// Seals and sends what the paths want to probe, in turns, as far as the budget goes.
+    /// Servers that relay, hear us and list this node, in the order of the configuration.
+    pub(super) fn relays_to(&self, node: &NodeId) -> Vec<ServerId> {
+        let Some(member) = self.members.get(node) else { return Vec::new() };
+        let offering = self.clients.iter().filter(|(_, client)| client.offers_relay());
+        offering.map(|(server, _)| *server).filter(|server| member.listed_by.contains(server)).collect()
+    }
+
+    fn connected_subnets(&self) -> Vec<IpNet> {
+        let addresses = self.underlay().iter().flat_map(|link| &link.addresses);
+        addresses.filter(|net| net.prefix_len() < net.max_prefix_len()).map(IpNet::trunc).collect()
+    }
+
+    /// Seals and sends what the paths want to probe, in turns, as far as the budget goes; the rest waits for its turn.
     pub(super) fn send_probes(&mut self, now: Instant) {
         self.probing.again_at = None;
         for key in self.in_turns() {
-            loop {
-                let wait = self.probing.budget.wait(now);
-                let Some(path) = self.paths.get_mut(&key).filter(|path| path.has_transmit()) else { break };
-                if wait.is_some() {
-                    self.probing.again_at = wait;
+            while let Some(transmit) = self.next_probe(&key) {
+                if let Some(at) = self.probing.budget.wait(now) {
+                    self.probing.again_at = Some(at);
+                    self.probing.waiting.insert(key, transmit);
                     return;
                 }
-                let Some(transmit) = path.poll_transmit() else { break };
                 self.probing.budget.take();
                 self.probing.last_served = Some(key);
                 self.send_probe(&key, transmit);
@@ -281,10 +294,14 @@ impl Agent {
         }
     }
 
+    fn next_probe(&mut self, peer: &WgPublicKey) -> Option<ProbeTransmit> {
+        self.probing.waiting.remove(peer).or_else(|| self.paths.get_mut(peer)?.poll_transmit())
+    }
+
     fn in_turns(&self) -> Vec<WgPublicKey> {
-        let waiting = self.paths.iter().filter(|(_, path)| path.has_transmit()).map(|(key, _)| *key);
-        let Some(last) = self.probing.last_served else { return waiting.collect() };
-        let (after, before): (Vec<_>, Vec<_>) = waiting.partition(|key| *key > last);
+        let keys = self.paths.keys().copied();
+        let Some(last) = self.probing.last_served else { return keys.collect() };
+        let (after, before): (Vec<_>, Vec<_>) = keys.partition(|key| *key > last);
         after.into_iter().chain(before).collect()
     }
 
@@ -323,12 +340,7 @@ impl Agent {
     }
 
     /// One input to a path, and the log line where it changes what the path is.
-    pub(super) fn with_path(
-        &mut self,
-        peer: &WgPublicKey,
-        now: Instant,
-        input: impl FnOnce(&mut PathAgent),
-    ) {
+    pub(super) fn with_path(&mut self, peer: &WgPublicKey, now: Instant, input: impl FnOnce(&mut PathAgent)) {
         let Some(path) = self.paths.get_mut(peer) else { return };
         let on_host = |path: &PathAgent| (path.mtu(), path.tunnel_generation());
         let (state_before, on_host_before) = (path.state(now), on_host(path));

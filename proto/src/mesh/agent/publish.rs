@@ -251,7 +251,7 @@ impl Agent {
     }
 
     /// Own addresses with the WireGuard port, and where servers see us, in case the port is the same outside.
-    fn candidates(&self) -> Vec<Candidate> {
+    pub(super) fn candidates(&self) -> Vec<Candidate> {
         let port = self.settings.listen_port;
         let allowed = |addr: &IpAddr| self.settings.endpoint_filter.passes(*addr);
         let host: BTreeSet<IpAddr> = self.host_addresses().filter(allowed).collect();
@@ -291,7 +291,7 @@ impl Nonces {
         u64::from_le_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]])
     }
 
-    fn next(&mut self) -> [u8; 24] {
+    pub(super) fn next(&mut self) -> [u8; 24] {
         self.counter += 1;
         let hash = self.hash(b"meshspan/v1 nonce", self.counter);
         let mut nonce = [0; 24];

@@ -50,8 +50,8 @@ impl Agent {
                 facts.refused = None;
                 self.publisher.handle_stored(server, seq);
             }
-            // Nothing of this agent uses a relay yet.
-            ClientEvent::Relayed { .. } | ClientEvent::NoPeer(_) => {}
+            ClientEvent::Relayed { from, payload } => self.handle_relayed(server, from, payload, now),
+            ClientEvent::NoPeer(node) => self.handle_no_peer(server, node, now),
             ClientEvent::Refused(error) => {
                 tracing::warn!(server = %name, %error, "the discovery server refused a request");
                 facts.refused = Some(error);
@@ -59,6 +59,7 @@ impl Agent {
             ClientEvent::Lost { reason, retry_in } => {
                 tracing::warn!(server = %name, %reason, ?retry_in, "no session with the discovery server");
                 facts.lost = Some(reason);
+                self.work_out_at(now);
             }
         }
     }
