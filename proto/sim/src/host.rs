@@ -4,7 +4,7 @@
 //! time or crosses the network is an [`Effect`] for the world.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use bytes::Bytes;
 use ipnet::IpNet;
@@ -71,8 +71,8 @@ pub enum Effect {
     Reserved(u64),
     /// Steps to carry out a moment later.
     Apply(Vec<Action>),
-    Send(Endpoint, Bytes),
-    Deliver(WgPublicKey, Vec<u8>),
+    Send(SocketAddr, Bytes),
+    Deliver(WgPublicKey, Endpoint, Vec<u8>),
     MembersChanged,
     /// The agent said farewell and cleaned up: it is to be dropped.
     Stopped,
@@ -219,8 +219,9 @@ impl Host {
             let mut quiet = outputs.is_empty();
             for output in outputs {
                 match output {
-                    Output::Send(to, datagram) => effects.push(Effect::Send(to, datagram)),
-                    Output::Deliver(key, packet) => effects.push(Effect::Deliver(key, packet)),
+                    Output::Send(_, Endpoint::Direct(to), datagram) => effects.push(Effect::Send(to, datagram)),
+                    Output::Send(_, Endpoint::Relay(_), _) => {}
+                    Output::Deliver(key, from, packet) => effects.push(Effect::Deliver(key, from, packet)),
                     Output::Report(key, report) => agent.handle_peer_report(&key, &report, now),
                 }
             }

@@ -279,12 +279,8 @@ impl World {
                 let delay = self.pause(1, 15);
                 self.clock.after(delay, Event::Apply { host, run, actions, members });
             }
-            Effect::Send(to, datagram) => {
-                if let Some(to) = to.direct() {
-                    self.send_datagram(host, to, datagram);
-                }
-            }
-            Effect::Deliver(key, packet) => {
+            Effect::Send(to, datagram) => self.send_datagram(host, to, datagram),
+            Effect::Deliver(key, _, packet) => {
                 if let Some(packet) = Packet::decode(&packet) {
                     self.deliver(host, &key, packet);
                 }
