@@ -88,6 +88,7 @@ impl Node {
             overlay_v4: None,
             peers,
             tunnels: &BTreeMap::new(),
+            mtus: &BTreeMap::new(),
             down: &BTreeSet::new(),
             underlay: &self.underlay,
             loosened: &self.none,

@@ -17,6 +17,7 @@ use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
+use mesh_proto::path::agent::PathPolicy;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use zeroize::Zeroizing;
 
@@ -286,6 +287,10 @@ impl<'a> Node<'a> {
                 self.store_at.get_or_insert_with(|| clock::now() + STORE_PAUSE);
             }
             AgentEvent::SetRoute(peer, route) => self.engine.set_route(&peer, &route),
+            AgentEvent::SendRaw { to, bytes, ttl } => self.engine.send_raw(to, &bytes, ttl),
+            AgentEvent::SendRelay { server, message } => self.carriers.send(server, message),
+            AgentEvent::Relayed { server, peer, datagram } => self.engine.handle_relayed(&peer, server, &datagram),
+            AgentEvent::Echoed { .. } => {}
             AgentEvent::StartHandshake(peer) => {
                 if !self.engine.start_handshake(&peer) {
                     tracing::debug!(%peer, "no endpoint to start a handshake with");
@@ -376,6 +381,14 @@ impl<'a> Node<'a> {
         let now = clock::now();
         for (peer, report) in self.engine.handle_control(now) {
             self.agent.handle_peer_report(&peer, &report, now);
+        }
+        for datagram in self.engine.take_control() {
+            self.agent.handle_datagram(datagram.source, &datagram.bytes, now);
+        }
+        for (peer, server, datagram) in self.engine.take_relayed() {
+            if let Some(message) = self.agent.relay(server, &peer, &datagram) {
+                self.carriers.send(server, message);
+            }
         }
     }
 

@@ -13,6 +13,7 @@ use mesh_common::addr::PrefixRefusal;
 use mesh_common::config::Config;
 use mesh_common::id::{Namespace, NodeId};
 use mesh_common::key::{WgPublicKey, WgSecret};
+use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 use mesh_proto::device::PeerCounters;
 use mesh_proto::discovery::client::ClientState;
@@ -34,6 +35,8 @@ pub(crate) fn status() -> Status {
         Verdict::RpFilter { link: "eth0".to_owned() },
     ];
     let peer = PeerView {
+        path: None,
+        nat: [NatClass::default(); 2],
         node: Some(NodeId([1; 32])),
         name: "node-2".to_owned(),
         key: WgPublicKey([2; 32]),
@@ -46,6 +49,7 @@ pub(crate) fn status() -> Status {
         last_evidence: None,
     };
     let view = View {
+        dropped_probes: BTreeMap::new(),
         node: NodeId([3; 32]),
         namespace: Namespace([4; 32]),
         wg_public: WgPublicKey([5; 32]),

@@ -160,7 +160,7 @@ async fn session(incoming: quinn::Incoming, said: &Said) -> Result<()> {
                             send.write_chunk(enframe(&ServerMessage::Stored { seq: frame.seq() }.encode())).await?;
                             lock(&said.put).push(frame);
                         }
-                        ClientMessage::Watch(_) => {}
+                        ClientMessage::Watch(_) | ClientMessage::Relay { .. } => {}
                         ClientMessage::Ping(number) => {
                             send.write_chunk(enframe(&ServerMessage::Pong(number).encode())).await?;
                         }

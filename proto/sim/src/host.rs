@@ -15,6 +15,7 @@ use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Endpoint, UnderlayLink};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::mesh::settings::Settings;
+use mesh_proto::path::agent::PathPolicy;
 use mesh_proto::random::SplitMix64;
 
 use crate::engine::{Engine, Output};
@@ -220,7 +221,10 @@ impl Host {
             for output in outputs {
                 match output {
                     Output::Send(_, Endpoint::Direct(to), datagram) => effects.push(Effect::Send(to, datagram)),
-                    Output::Send(_, Endpoint::Relay(_), _) => {}
+                    Output::Send(key, Endpoint::Relay(server), datagram) => {
+                        let message = agent.relay(server, &key, &datagram);
+                        effects.extend(message.map(|message| Effect::Transmit(server, message)));
+                    }
                     Output::Deliver(key, from, packet) => effects.push(Effect::Deliver(key, from, packet)),
                     Output::Report(key, report) => agent.handle_peer_report(&key, &report, now),
                 }
@@ -250,6 +254,12 @@ impl Host {
                     }
                     AgentEvent::SetRoute(key, route) => self.engine.set_route(key, route),
                     AgentEvent::StartHandshake(key) => self.engine.start_handshake(&key, now),
+                    AgentEvent::SendRaw { to, bytes, ttl: _ } => effects.push(Effect::Send(to, bytes)),
+                    AgentEvent::SendRelay { server, message } => effects.push(Effect::Transmit(server, message)),
+                    AgentEvent::Relayed { server, peer: _, datagram } => {
+                        self.engine.receive(&datagram, Endpoint::Relay(server), now);
+                    }
+                    AgentEvent::Echoed { .. } => {}
                     AgentEvent::Apply(actions) => effects.push(Effect::Apply(actions)),
                     AgentEvent::Stopped => effects.push(Effect::Stopped),
                 }

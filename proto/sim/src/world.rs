@@ -10,6 +10,7 @@ use mesh_common::time::Instant;
 use mesh_proto::device::Action;
 use mesh_proto::discovery::server::{ConnId, ServerEvent};
 use mesh_proto::random::SplitMix64;
+use mesh_proto::wire::demux::{Datagram, classify};
 
 use crate::clock::Clock;
 use crate::host::{Effect, Host};
@@ -339,7 +340,10 @@ impl World {
         if host.agent.is_none() || !host.kernel.accepts(&link, from.ip()) {
             return;
         }
-        host.engine.receive(bytes, from.into(), now);
+        match (classify(bytes), &mut host.agent) {
+            (Datagram::Probe | Datagram::Stun, Some(agent)) => agent.handle_datagram(from, bytes, now),
+            _ => host.engine.receive(bytes, from.into(), now),
+        }
         self.touch(to);
     }
 

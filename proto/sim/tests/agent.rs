@@ -18,6 +18,7 @@ use mesh_proto::device::{Action, Family, PeerReport, Route, RouteKind, UnderlayL
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::mesh::peer::Verdict;
 use mesh_proto::mesh::settings::{Settings, StaticPeer};
+use mesh_proto::path::agent::PathPolicy;
 use mesh_proto::sealed::{self, Opened};
 use mesh_proto::wire::frame::Frame;
 use mesh_proto::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Record};

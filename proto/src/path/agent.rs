@@ -339,9 +339,13 @@ mod tests {
 
     fn agent(ports: &[u16]) -> PathAgent {
         let mut agent = PathAgent::new(1, PathPolicy::default());
-        let candidate = |port: &u16| Candidate { kind: CandidateKind::Host, addr: addr(*port).direct().unwrap() };
-        agent.handle_candidates(&ports.iter().map(candidate).collect::<Vec<_>>(), at(0));
+        agent.handle_candidates(&candidates(ports), at(0));
         agent
+    }
+
+    fn candidates(ports: &[u16]) -> Vec<Candidate> {
+        let candidate = |port: &u16| Candidate { kind: CandidateKind::Host, addr: addr(*port).direct().unwrap() };
+        ports.iter().map(candidate).collect()
     }
 
     fn drain(agent: &mut PathAgent) -> Vec<PathEvent> {
@@ -405,18 +409,19 @@ mod tests {
         // New candidates do not drop it; once announced it is no endpoint twice.
         let route = |others: &[u16]| PeerRoute {
             primary: Some(addr(1)),
+            second: None,
             handshake_fan_out: others.iter().map(|port| addr(*port)).collect(),
         };
         assert_eq!(*agent.route(), route(&[2, 9]));
-        agent.handle_candidates(&[addr(1), addr(3)]);
+        agent.handle_candidates(&candidates(&[1, 3]), at(231_000));
         assert_eq!(*agent.route(), route(&[3, 9]));
-        agent.handle_candidates(&[addr(1), addr(9)]);
+        agent.handle_candidates(&candidates(&[1, 9]), at(232_000));
         assert_eq!(*agent.route(), route(&[9]));
         // The endpoint that works next takes its place.
         agent.handle_report(&PeerReport::Handshake { endpoint: addr(7) }, at(300_000));
         agent.handle_report(&PeerReport::Demand, at(600_000));
         run_until(&mut agent, at(600_000) + Duration::from_secs(30));
-        agent.handle_candidates(&[addr(1)]);
+        agent.handle_candidates(&candidates(&[1]), at(631_000));
         assert_eq!(*agent.route(), route(&[7]));
     }
 

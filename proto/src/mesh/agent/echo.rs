@@ -16,7 +16,7 @@ use crate::path::agent::ProbeTransmit;
 use crate::wire::probe::Probe;
 
 /// Numbers of echoes have this bit, those of path agents do not.
-pub const ECHO_BIT: u32 = 1 << 31;
+const ECHO_BIT: u32 = 1 << 31;
 /// Unanswered echoes that are remembered.
 const MAX_WAITING: usize = 64;
 /// An answer after this long is none.

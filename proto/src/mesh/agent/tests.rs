@@ -38,8 +38,8 @@ fn fresh(settings: Settings) -> Agent {
     let (identity, wg) = (SignKey::from_seed(&[1; 32]), WgSecret::from_seed(&[2; 32]));
     let start = Start {
         keys: ClusterSecret::from_bytes([3; 32]).derive(),
-        wg_public: wg.public(),
-        wg_proof: wg.prove(&identity.node_id()),
+        wg,
+        path_policy: PathPolicy::default(),
         identity,
         instance: [4; 16],
         seed: [5; 32],

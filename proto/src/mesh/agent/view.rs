@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use mesh_common::host_name::HostName;
 use mesh_common::id::{Namespace, NodeId, ServerId};
 use mesh_common::key::WgPublicKey;
+use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 
 use super::Agent;
@@ -14,6 +15,7 @@ use crate::device::{Action, Endpoint};
 use crate::discovery::client::ClientState;
 use crate::mesh::peer::Verdict;
 use crate::path::agent::PathState;
+use crate::path::view::PathView;
 
 #[derive(Debug, Clone)]
 pub struct View {
@@ -35,6 +37,8 @@ pub struct View {
     pub rejected: BTreeMap<String, u64>,
     /// Malformed or unknown messages from servers.
     pub malformed: u64,
+    /// Datagrams that looked like probes, or came through a relay, and were not believed, by reason.
+    pub dropped_probes: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -56,6 +60,10 @@ pub struct PeerView {
     /// `None` for a static peer, which has no path agent.
     pub state: Option<PathState>,
     pub endpoint: Option<Endpoint>,
+    /// `None` for a static peer.
+    pub path: Option<PathView>,
+    /// What its record says of the NATs in front of it, IPv4 then IPv6.
+    pub nat: [NatClass; 2],
     pub candidates: Vec<SocketAddr>,
     pub prefixes: Vec<(IpNet, Verdict)>,
     pub last_evidence: Option<Instant>,
@@ -76,6 +84,7 @@ impl Agent {
             rp_filter_denied: self.rp_filter_denied.iter().cloned().collect(),
             clone_seen: self.clone_seen,
             rejected: self.members.rejected().iter().map(|(why, count)| (why.to_string(), *count)).collect(),
+            dropped_probes: self.probing.dropped().iter().map(|(why, count)| (why.to_string(), *count)).collect(),
             malformed: self.clients.values().map(|client| client.malformed()).sum(),
         }
     }
@@ -111,6 +120,8 @@ impl Agent {
                 overlay_v4: peer.overlay_v4,
                 state: path.map(|path| path.state(now)),
                 endpoint: path.and_then(|path| path.route().primary),
+                path: path.map(|path| path.view(now)),
+                nat: [member.record.nat_v4, member.record.nat_v6],
                 candidates: peer.candidates.iter().map(|candidate| candidate.addr).collect(),
                 prefixes: peer.prefixes.clone(),
                 last_evidence: Some(member.last_evidence),
@@ -127,6 +138,8 @@ impl Agent {
             overlay_v4: None,
             state: None,
             endpoint: self.static_routes.get(&peer.public_key).and_then(|route| route.primary),
+            path: None,
+            nat: [NatClass::default(); 2],
             candidates: peer.endpoint.into_iter().collect(),
             prefixes: peer.allowed_ips.iter().map(|prefix| (*prefix, Verdict::Routed)).collect(),
             last_evidence: None,
