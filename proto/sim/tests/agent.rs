@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Family, PeerReport, Route, RouteKind, UnderlayLink};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::mesh::peer::Verdict;
-use mesh_proto::mesh::settings::Settings;
+use mesh_proto::mesh::settings::{Settings, StaticPeer};
 use mesh_proto::sealed::{self, Opened};
 use mesh_proto::wire::frame::Frame;
 use mesh_proto::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Record};
@@ -290,6 +290,47 @@ fn default_and_overlay_routes_of_a_peer_are_refused() {
     }
     assert_eq!(bench.verdict(1, "198.19.4.0/24"), Verdict::OverlaySpace);
     assert_eq!(bench.verdict(1, &ula), Verdict::OverlaySpace);
+}
+
+#[test]
+fn an_overlay_address_outside_of_the_pool_is_nobodys() {
+    let member = |number: u8, addr: &str| {
+        let mut record = peer(number, &[], &[]);
+        record.overlay_v4 = Some(OverlayV4 { addr: addr.parse().unwrap(), claimed_at_ms: 1 });
+        (number, record)
+    };
+    let outside = ["198.20.0.1", "8.8.8.8", "192.168.9.9"];
+    let [one, two, three] = outside;
+    let members = [member(1, one), member(2, two), member(3, three), member(4, "198.19.255.254")];
+    let bench = Bench::new(settings(), vec![eth0(0)], &members, None);
+    for addr in outside {
+        assert!(!bench.has_route(&format!("{addr}/32"), |_| true), "{addr}");
+    }
+    assert!(bench.has_route("198.19.255.254/32", dev));
+    let view = bench.agent.view(bench.now);
+    let shown: Vec<_> = view.peers.iter().filter_map(|peer| peer.overlay_v4).collect();
+    assert_eq!(shown, ["198.19.255.254".parse::<Ipv4Addr>().unwrap()]);
+    let allowed: Vec<IpNet> = bench.peers.values().flat_map(|peer| peer.allowed_ips.iter().copied()).collect();
+    assert!(outside.iter().all(|addr| !allowed.contains(&net(&format!("{addr}/32")))), "{allowed:?}");
+}
+
+#[test]
+fn what_a_static_peer_is_configured_with_is_not_up_for_announcement() {
+    let key = peer_key(50);
+    let configured = StaticPeer {
+        name: "router".to_owned(),
+        public_key: key,
+        endpoint: Some("203.0.113.50:51820".parse().unwrap()),
+        allowed_ips: BTreeSet::from([net("10.1.0.0/16")]),
+        preshared_key: None,
+        keepalive: None,
+    };
+    let record = peer(1, &[("10.1.0.0/16", 1)], &[]);
+    let settings = Settings { static_peers: vec![configured], ..settings() };
+    let bench = Bench::new(settings, vec![eth0(0)], &[(1, record)], None);
+    assert_eq!(bench.verdict(1, "10.1.0.0/16"), Verdict::OwnedBy(bench.agent.node_id()));
+    assert!(bench.peers[&key].allowed_ips.contains(&net("10.1.0.0/16")));
+    assert!(!bench.peers[&peer_key(1)].allowed_ips.contains(&net("10.1.0.0/16")));
 }
 
 #[test]

@@ -304,6 +304,31 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_that_worked_and_that_nobody_announces_is_tried_with_the_others() {
+        let mut agent = agent(&[1, 2]);
+        agent.handle_report(&PeerReport::Handshake { endpoint: addr(9) }, at(0));
+        agent.handle_report(&PeerReport::Demand, at(200_000));
+        run_until(&mut agent, at(200_000) + Duration::from_secs(30));
+        // New candidates do not drop it; once announced it is no endpoint twice.
+        let route = |others: &[u16]| PeerRoute {
+            primary: Some(addr(1)),
+            second: None,
+            handshake_fan_out: others.iter().map(|port| addr(*port)).collect(),
+        };
+        assert_eq!(*agent.route(), route(&[2, 9]));
+        agent.handle_candidates(&[addr(1), addr(3)]);
+        assert_eq!(*agent.route(), route(&[3, 9]));
+        agent.handle_candidates(&[addr(1), addr(9)]);
+        assert_eq!(*agent.route(), route(&[9]));
+        // The endpoint that works next takes its place.
+        agent.handle_report(&PeerReport::Handshake { endpoint: addr(7) }, at(300_000));
+        agent.handle_report(&PeerReport::Demand, at(600_000));
+        run_until(&mut agent, at(600_000) + Duration::from_secs(30));
+        agent.handle_candidates(&[addr(1)]);
+        assert_eq!(*agent.route(), route(&[7]));
+    }
+
+    #[test]
     fn a_peer_that_learns_of_us_late_is_reached_within_a_second() {
         let mut agent = agent(&[1]);
         agent.handle_report(&PeerReport::Demand, at(0));

@@ -4,13 +4,13 @@
 use mesh_common::config::EndpointFilter;
 use mesh_common::host_name::HostName;
 use mesh_common::key::{ClusterSecret, WgSecret};
-use mesh_common::limits::{LINK_MTU, LISTEN_PORT};
+use mesh_common::limits::{LINK_MTU, LISTEN_PORT, MAX_PREFIXES};
 
 use super::*;
-use crate::device::Route;
+use crate::device::{Route, UnderlayLink};
 use crate::discovery::client::ClientEvent;
 use crate::mesh::settings::ServerSettings;
-use crate::sealed;
+use crate::sealed::{self, Opened};
 use crate::wire::frame::Frame;
 
 fn settings(servers: usize) -> Settings {
@@ -100,14 +100,14 @@ fn a_floor_of_the_last_run_waits_for_its_member() {
 }
 
 /// Lets an agent publish, and does what its events ask.
-fn published(agent: &mut Agent, now: Instant) -> Frame {
-    agent.handle_observed(Observed::default(), now);
+fn published(agent: &mut Agent, host: &Observed, now: Instant) -> Frame {
+    agent.handle_observed(host.clone(), now);
     agent.handle_client_event(ServerId(0), ClientEvent::Synced { listed: BTreeSet::new() }, now);
     agent.handle_timeout(now);
     while let Some(event) = agent.poll_event() {
         match event {
             AgentEvent::ReserveSeq(seq) => agent.handle_seq_reserved(seq, now),
-            AgentEvent::Apply(_) => agent.handle_applied(Vec::new(), Observed::default(), now),
+            AgentEvent::Apply(_) => agent.handle_applied(Vec::new(), host.clone(), now),
             _ => {}
         }
     }
@@ -117,7 +117,7 @@ fn published(agent: &mut Agent, now: Instant) -> Frame {
 #[test]
 fn the_own_record_of_this_run_or_the_last_comes_back_for_nothing() {
     let mut agent = fresh(settings(1));
-    let own = published(&mut agent, at(1));
+    let own = published(&mut agent, &Observed::default(), at(1));
     let sealed_before = |seq| sealed::seal(&agent.keys, &agent.identity, seq, None, [7; 24]).unwrap();
     let frames = [own.clone(), sealed_before(own.seq() - 1), sealed_before(1)];
     let due = agent.due;
@@ -127,4 +127,24 @@ fn the_own_record_of_this_run_or_the_last_comes_back_for_nothing() {
     }
     assert!(!agent.clone_seen && agent.publisher.published_seq() == Some(own.seq()));
     assert!(agent.members.rejected().is_empty());
+}
+
+#[test]
+fn of_too_many_prefixes_the_configured_ones_are_announced_first() {
+    let addresses: Vec<IpNet> = (1..=9).map(|host| IpNet::new([192, 0, 2, host].into(), 24).unwrap()).collect();
+    let eth0 = UnderlayLink { name: "eth0".to_owned(), addresses, rp_filter: 0, virtual_kind: None };
+    let host = Observed { underlay: vec![eth0], ..Observed::default() };
+    // They sort behind the addresses.
+    let configured = |count: u8| -> BTreeSet<IpNet> {
+        (0..count).map(|third| IpNet::new([203, 0, third, 0].into(), 24).unwrap()).collect()
+    };
+    for (count, addresses) in [(0, 9), (60, 4), (64, 0), (100, 0)] {
+        let mut agent = fresh(Settings { prefixes: configured(count), ..settings(1) });
+        let frame = published(&mut agent, &host, at(1));
+        let opened = sealed::open(&agent.keys, "test", &frame).unwrap();
+        let Opened::Record(record) = opened else { panic!("the agent left") };
+        let announced: BTreeSet<IpNet> = record.prefixes.iter().map(|claim| claim.prefix).collect();
+        let kept = announced.intersection(&configured(count)).count();
+        assert_eq!((kept, announced.len() - kept), (usize::from(count).min(MAX_PREFIXES), addresses), "{count}");
+    }
 }
