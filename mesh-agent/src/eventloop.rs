@@ -401,8 +401,11 @@ impl<'a> Node<'a> {
         self.store_at = Some(clock::now() + STORE_RETRY);
     }
 
-    /// The next start counts from here how long the node was away.
-    fn store_announced(&mut self) {
+    /// So that it has the members of the last second too, and knows for how long the node was away.
+    fn store_for_the_next_start(&mut self) {
+        if self.store_at.is_some() {
+            self.store_members();
+        }
         if let Some(since_ms) = self.agent.announced().cloned() {
             let written = self.state.set_announced(since_ms, clock::unix_ms());
             self.note_written(written);
@@ -425,10 +428,7 @@ impl<'a> Node<'a> {
         match wish {
             Wish::Terminate => {
                 tracing::info!("stopping; routes fail closed until the next start");
-                if self.store_at.is_some() {
-                    self.store_members();
-                }
-                self.store_announced();
+                self.store_for_the_next_start();
                 self.keep_only_the_floor().await;
                 self.engine.stop();
                 return Ok(Some(Ended::Terminated));
@@ -479,7 +479,7 @@ impl<'a> Node<'a> {
                 tracing::info!(
                     "the new configuration changes interface or port: starting anew; routes fail closed meanwhile"
                 );
-                self.store_announced();
+                self.store_for_the_next_start();
                 self.engine.stop();
                 let waiting = answer.into_iter().collect();
                 return Some(Ended::Left(Departure { config, waiting, is_clean: false }));

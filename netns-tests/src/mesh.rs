@@ -194,6 +194,24 @@ impl Mesh {
         Server::new(binaries, host, &self.lab.dir().join("server2"), site_v4(number), self.server.ttl())
     }
 
+    /// One more agent on a node's host, with places, a port and a link of its own: switched off, not started.
+    pub fn another_agent(&self, binaries: &Binaries, node: usize) -> Result<Node> {
+        let node = self.nodes.get(node).context("no such node")?;
+        let name = format!("{}-second", node.name());
+        let secret = std::fs::read_to_string(&node.config.secret_file)?;
+        let mut second = Node::new(binaries, node.host.clone(), &self.lab.dir().join(&name), node.address, &secret)?;
+        second.config = NodeConfig {
+            enabled: false,
+            host_name: name,
+            listen_port: node.config.listen_port + 1,
+            secret_file: second.config.secret_file,
+            more_mesh: vec!["interfaceName: mesh1".to_owned()],
+            ..node.config.clone()
+        };
+        second.write_config()?;
+        Ok(second)
+    }
+
     /// A marker for traffic that must stay inside the mesh.
     pub fn marker(&self, label: &str) -> Result<Marker> {
         self.watch.marker(label)

@@ -61,6 +61,7 @@ pub const ALL: &[Message] = &[
     PORT_IN_USE,
     NO_TUN,
     NO_CAPABILITY,
+    CLEANUP_NOT_PERMITTED,
     NOT_RUNNING,
     WRONG_SECRET,
     WRONG_PIN,
@@ -140,6 +141,11 @@ pub const NO_CAPABILITY: Message = Message {
     when: "the agent lacks CAP_NET_ADMIN",
     exit: Some(5),
     text: "no permission to make link {name}: run as root or give the agent CAP_NET_ADMIN",
+};
+pub const CLEANUP_NOT_PERMITTED: Message = Message {
+    when: "`cleanup` lacks CAP_NET_ADMIN",
+    exit: Some(5),
+    text: "not permitted to remove {what}: mesh-agent needs CAP_NET_ADMIN; run it as root or by its systemd unit",
 };
 pub const NOT_RUNNING: Message = Message {
     when: "`status` while no agent runs",

@@ -36,7 +36,9 @@ use mesh_proto::{
     },
 };
 use netns_tests::{
-    Host, Mesh, MeshOptions, isolation,
+    Host, Mesh, MeshOptions,
+    checks::life::floor_only,
+    isolation,
     mesh::{
         MESH_LINK,
         config::{new_secret, write_private},
@@ -44,6 +46,7 @@ use netns_tests::{
         node::Node,
     },
     messages::{self, Message},
+    process::run_command,
     traffic::{UdpStream, first_reply},
     wait,
 };
@@ -176,6 +179,11 @@ fn an_agent_that_cannot_start_says_why_and_harms_nothing() {
     refused(node, without_tun(node.command("run")), &messages::NO_TUN);
     refused(node, without_net_admin(node.command("run")), &messages::NO_CAPABILITY);
     assert!(!node.host.has_link(MESH_LINK).unwrap());
+    refused(node, without_net_admin(node.command("cleanup")), &messages::CLEANUP_NOT_PERMITTED);
+    floor_only(node).unwrap();
+    // Nothing to do needs no right.
+    let cleanup = without_net_admin(elsewhere(node, "cleanup", &scratch.join("nowhere")));
+    run_command(&node.pods[0].host, cleanup, &scratch).unwrap().success().unwrap();
 
     let file = node.state_dir().join("identity.json");
     let identity = fs::read(&file).unwrap();

@@ -217,6 +217,23 @@ fn a_node_with_more_or_less_than_a_floor_is_red() {
     life::floor_only(node).unwrap();
     let to: IpAddr = "10.99.0.1".parse().unwrap();
     first_unreachable(&node.host, to, b"x", Duration::from_millis(20), SOON).unwrap();
+    let watched = |change: &dyn Fn()| {
+        let watch = life::FloorWatch::start(node).unwrap();
+        change();
+        watch.stop().map(|changes| changes.to_string())
+    };
+    let floor = || node.host.routes(MESH_TABLE).unwrap().remove(0);
+    let back = || {
+        node.host.delete_route(floor()).unwrap();
+        node.host.add_route(MESH_TABLE, "10.99.0.0/16".parse().unwrap(), &To::Unreachable).unwrap();
+    };
+    assert_eq!(watched(&|| ()).unwrap(), "0");
+    red(watched(&back), "lost a route of its floor");
+    let rule = || {
+        node.host.delete_rule(node.host.rules_at(MESH_RULE).unwrap().remove(0)).unwrap();
+        node.host.add_rule(rtnetlink::IpVersion::V4, MESH_RULE, MESH_TABLE).unwrap();
+    };
+    red(watched(&rule), "lost its rule");
     let gateway = To::Gateway("10.0.1.1".parse().unwrap());
     node.host.add_route(MESH_TABLE, "10.98.0.0/16".parse().unwrap(), &gateway).unwrap();
     red(life::floor_only(node), "more than a floor");

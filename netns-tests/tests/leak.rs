@@ -20,6 +20,7 @@ const TTL: Duration = Duration::from_secs(5);
 const BACK_WITHIN: Duration = Duration::from_secs(5);
 const RECONNECTS_WITHIN: Duration = Duration::from_secs(40);
 const AT_ONCE: Duration = Duration::from_secs(2);
+const OWN_TABLE: &str = "inet meshspan";
 
 /// Both nodes and their pods answer each other.
 fn answer(mesh: &Mesh, a: usize, b: usize, payload: &[u8]) {
@@ -137,6 +138,13 @@ fn strict_reverse_path_filters_lose_nothing() {
         assert_eq!(node.host.sysctl("ipv4/conf/all/rp_filter").unwrap(), "1");
     }
     println!("{}", carry::no_cleartext(&mut mesh).unwrap());
+    // One that is stopped leaves the floor and nothing else.
+    let node = &mut mesh.nodes[1];
+    assert!(node.host.nft_tables().unwrap().contains(OWN_TABLE));
+    node.stop().unwrap();
+    floor_only(node).unwrap();
+    assert_eq!(node.host.sysctl(&uplink).unwrap(), "1", "the filter is strict again");
+    assert!(!node.host.nft_tables().unwrap().contains(OWN_TABLE));
     // An agent that died cannot restore them: cleanup does.
     mesh.nodes[0].crash().unwrap();
     println!("{}", traces::nothing_left_behind(&mut mesh).unwrap());

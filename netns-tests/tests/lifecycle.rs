@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     time::{Duration, Instant},
 };
 
@@ -11,10 +11,10 @@ use netns_tests::{
     Mesh, MeshOptions,
     checks::{
         carry,
-        life::{Pings, floor_only, wait_nothing_owned},
+        life::{FloorWatch, Pings, floor_only, wait_connected, wait_nothing_owned},
         traces,
     },
-    mesh::{MESH_LINK, MESH_RULE, MESH_TABLE, enter_or_skip},
+    mesh::{MESH_LINK, MESH_RULE, MESH_TABLE, enter_or_skip, node::Node},
     traffic::first_unreachable,
     wait,
 };
@@ -30,13 +30,17 @@ const RESTORED_WITHIN: Duration = Duration::from_secs(2);
 /// A state directory that works again is written to within this.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(20);
 const OWN_TABLE: &str = "inet meshspan";
+/// The link of a second agent on a host.
+const SECOND_LINK: &str = "mesh1";
+/// A session that broke is noticed, or made anew, within this.
+const RECONNECTS_WITHIN: Duration = Duration::from_secs(40);
 
 fn options() -> MeshOptions {
     MeshOptions { pods_per_node: 1, ttl: Some(TTL), ..MeshOptions::default() }
 }
 
 /// Which node this is to its peers: its id and its overlay addresses.
-fn who(mesh: &Mesh, node: usize) -> (String, Option<std::net::Ipv4Addr>, Option<std::net::Ipv6Addr>) {
+fn who(mesh: &Mesh, node: usize) -> (String, Option<Ipv4Addr>, Option<Ipv6Addr>) {
     let node = mesh.nodes[node].status().unwrap().node;
     (node.id, node.overlay_v4, node.overlay_v6)
 }
@@ -205,4 +209,169 @@ fn whatever_is_deleted_or_changed_is_put_back() {
     fs::rename(&away, &state).unwrap();
     let written = wait::until_true("the state directory to be written again", WRITTEN_WITHIN, || Ok(!problem(&mesh)));
     println!("written again after {:?}", mesh.nodes[0].explain(written).unwrap());
+}
+
+/// Waits until an agent answers and says that it is off.
+fn wait_off(node: &Node) {
+    let off = wait::until_true("the agent to be off", REJOIN_WITHIN, || Ok(node.status()?.node.state == "disabled"));
+    node.explain(off).unwrap();
+}
+
+#[test]
+fn a_start_switched_off_removes_what_the_last_run_left_and_nothing_of_another_agent() {
+    let name = "a_start_switched_off_removes_what_the_last_run_left_and_nothing_of_another_agent";
+    let Some(binaries) = enter_or_skip(name).unwrap() else { return };
+    let mut mesh = Mesh::build(&binaries, &MeshOptions { nodes: 2, rp_filter: 1, ..options() }).unwrap();
+    mesh.take_baseline().unwrap();
+    mesh.start_server().unwrap();
+    mesh.start_nodes().unwrap();
+    mesh.wait_until_formed().unwrap();
+    let mut second = mesh.another_agent(&binaries, 1).unwrap();
+
+    for crash in [false, true] {
+        let node = &mut mesh.nodes[1];
+        if crash {
+            node.crash().unwrap()
+        } else {
+            node.stop().unwrap()
+        }
+        floor_only(node).unwrap();
+        // The floor of a stopped agent outlives the start of another one that is off.
+        let watch = FloorWatch::start(node).unwrap();
+        second.start().unwrap();
+        wait_off(&second);
+        second.explain(watch.stop()).unwrap();
+        second.stop().unwrap();
+
+        node.config.enabled = false;
+        node.write_config().unwrap();
+        node.start().unwrap();
+        wait_off(node);
+        wait_nothing_owned(&mesh, &mesh.nodes[1]).unwrap();
+        mesh.nodes[1].up().unwrap();
+        mesh.nodes[1].config.enabled = true;
+        mesh.wait_until_formed().unwrap();
+    }
+
+    // The second agent was on and died, so what is on the host may be its own; but the first is on meanwhile.
+    let node = &mut mesh.nodes[1];
+    node.stop().unwrap();
+    second.config.enabled = true;
+    second.write_config().unwrap();
+    second.start().unwrap();
+    let on = wait::until_true("the second agent to have a link", REJOIN_WITHIN, || node.host.has_link(SECOND_LINK));
+    second.explain(on).unwrap();
+    second.crash().unwrap();
+    node.start().unwrap();
+    mesh.wait_until_formed().unwrap();
+    all_answer(&mesh);
+    let node = &mesh.nodes[1];
+    let whole = traces::mesh_state(node).unwrap();
+    let watch = FloorWatch::start(node).unwrap();
+    second.config.enabled = false;
+    second.write_config().unwrap();
+    second.start().unwrap();
+    wait_off(&second);
+    assert!(second.log().unwrap().contains("an agent is on here, its link is mesh0"), "{}", second.log().unwrap());
+    second.stop().unwrap();
+    // Nor does the command, which knows the places of the second agent only.
+    let refused = second.run_to_end(second.command("cleanup")).unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains("its link is mesh0: use `mesh-agent down`"), "{}", refused.stderr);
+    node.explain(watch.stop()).unwrap();
+    assert_eq!(traces::mesh_state(node).unwrap(), whole);
+    assert!(node.host.nft_tables().unwrap().contains(OWN_TABLE));
+    all_answer(&mesh);
+    // The places of the second agent are no part of the dump.
+    println!("{}", traces::nothing_left_behind(&mut mesh).unwrap());
+}
+
+#[test]
+fn a_new_port_or_link_name_is_taken_without_a_gap_in_the_floor() {
+    let name = "a_new_port_or_link_name_is_taken_without_a_gap_in_the_floor";
+    let Some(binaries) = enter_or_skip(name).unwrap() else { return };
+    let mut mesh = Mesh::build(&binaries, &MeshOptions { nodes: 2, ..options() }).unwrap();
+    mesh.send_controls("start").unwrap();
+    mesh.start_server().unwrap();
+    mesh.start_nodes().unwrap();
+    mesh.wait_until_formed().unwrap();
+    let marker = mesh.marker("new port").unwrap();
+    let pings = Pings::between(&mesh.nodes[0], &mesh.nodes[1], &marker).unwrap();
+    carry::node_to_node_v6(&mesh).unwrap();
+    let (port, link) = (51999, "mesh7");
+    for change in ["port", "link"] {
+        let watch = FloorWatch::start(&mesh.nodes[0]).unwrap();
+        let node = &mut mesh.nodes[0];
+        match change {
+            "port" => node.config.listen_port = port,
+            _ => node.config.more_mesh.push(format!("interfaceName: {link}")),
+        }
+        node.write_config().unwrap();
+        node.reload().unwrap();
+        let (node, peer) = (&mesh.nodes[0], &mesh.nodes[1]);
+        let taken = wait::until_true(&format!("the new {change}"), REJOIN_WITHIN, || {
+            let json = node.status_json()?;
+            let has_link = node.host.has_link(if change == "link" { link } else { MESH_LINK })?;
+            Ok(json["node"]["listen_port"] == port && has_link && json["node"]["state"] == "running")
+        });
+        node.explain(taken).unwrap();
+        let all = [
+            (&node.host, peer.overlay_v4().unwrap()),
+            (&peer.host, node.overlay_v6().unwrap()),
+            (&node.pods[0].host, peer.pods[0].v4.into()),
+        ];
+        node.explain(carry::replies(&all, marker.bytes(), REJOIN_WITHIN)).unwrap();
+        let changes = node.explain(watch.stop()).unwrap();
+        assert!(changes > 0, "a new {change} comes with routes to a new link");
+    }
+    assert!(!mesh.nodes[0].host.has_link(MESH_LINK).unwrap());
+    pings.stop().unwrap();
+    println!("{}", carry::no_cleartext(&mut mesh).unwrap());
+}
+
+#[test]
+fn up_and_leave_answer_when_it_is_so_and_not_before() {
+    let Some(binaries) = enter_or_skip("up_and_leave_answer_when_it_is_so_and_not_before").unwrap() else { return };
+    let mut mesh = Mesh::start(&binaries, &MeshOptions { nodes: 2, ..options() }).unwrap();
+    let refused = |node: &Node, command: &str, words: &str| {
+        let answer = node.run_to_end(node.command(command)).unwrap();
+        assert_eq!(answer.status.code(), Some(1), "{command}: {}{}", answer.stdout, answer.stderr);
+        assert!(answer.stderr.contains(words), "{command}: no {words:?} in {}", answer.stderr);
+    };
+    let is_on = |node: &Node| node.host.has_link(MESH_LINK).unwrap();
+
+    let node = &mut mesh.nodes[1];
+    node.down().unwrap();
+    assert!(!is_on(node) && traces::mesh_state(node).unwrap().is_empty(), "`down` came back too early");
+    let port = node.config.listen_port;
+    let taken = node.host.inside(|| Ok(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?)).unwrap();
+    refused(node, "up", &format!("UDP port {port}"));
+    assert!(!is_on(node));
+    node.check_running().unwrap();
+    drop(taken);
+    node.up().unwrap();
+    assert!(is_on(node), "`up` came back too early");
+    mesh.wait_until_formed().unwrap();
+
+    // Nobody can be told: the node stays what it was.
+    mesh.server.stop().unwrap();
+    let node = &mesh.nodes[1];
+    let gone = wait::until_true("the session to be gone", RECONNECTS_WITHIN, || {
+        Ok(node.status()?.servers.iter().all(|server| server.state != "connected"))
+    });
+    node.explain(gone).unwrap();
+    refused(node, "leave", "the members cannot be told");
+    assert!(fs::read_to_string(node.config_path()).unwrap().contains("enabled: true"));
+    carry::node_to_node_v6(&mesh).unwrap();
+
+    mesh.server.start().unwrap();
+    for node in &mesh.nodes {
+        wait_connected(node, RECONNECTS_WITHIN).unwrap();
+    }
+    let node = &mesh.nodes[1];
+    node.leave().unwrap();
+    assert!(!is_on(node) && traces::mesh_state(node).unwrap().is_empty(), "`leave` came back too early");
+    assert_eq!(node.status().unwrap().node.state, "disabled");
+    let told = wait::until_true("the peer to know", AT_ONCE, || Ok(mesh.nodes[0].status()?.peers.is_empty()));
+    mesh.nodes[0].explain(told).unwrap();
 }

@@ -9,7 +9,7 @@ use netns_tests::{
         carry, cold_start, faults,
         life::{pass, wait_connected},
     },
-    mesh::enter_or_skip,
+    mesh::{config::ServerAddress, enter_or_skip, node::Node},
     traffic::UdpStream,
     wait,
 };
@@ -220,4 +220,36 @@ fn where_udp_to_the_server_is_blocked_the_session_takes_tcp() {
         Ok(mesh.nodes[0].status()?.servers[0].carrier.as_deref() == Some("quic"))
     })
     .unwrap();
+}
+
+#[test]
+fn a_reload_with_another_pin_ends_the_session_and_the_right_one_brings_it_back() {
+    let name = "a_reload_with_another_pin_ends_the_session_and_the_right_one_brings_it_back";
+    let Some(binaries) = enter_or_skip(name).unwrap() else { return };
+    let mut mesh = Mesh::start(&binaries, &options(3)).unwrap();
+    let ring = Ring::start(&mesh);
+    let node = &mut mesh.nodes[0];
+    let reload = |node: &mut Node, server: ServerAddress| {
+        node.config.discovery = vec![server];
+        node.write_config().unwrap();
+        node.reload().unwrap();
+    };
+    let good = node.config.discovery[0].clone();
+    let wrong = ServerAddress { pin: format!("sha256:{}", "5a".repeat(32)), ..good.clone() };
+    reload(node, wrong.clone());
+    let told = wait::until_true("status to name the wrong pin", JOINS_WITHIN, || {
+        let server = node.status()?.servers.remove(0);
+        Ok(server.state != "connected"
+            && server.detail.contains(&format!("has key {}, the configuration expects {}", good.pin, wrong.pin)))
+    });
+    node.explain(told).unwrap();
+    // It goes on trying, and never without the pin.
+    pass(Duration::from_secs(3)).unwrap();
+    assert_ne!(node.status().unwrap().servers[0].state, "connected");
+    assert_eq!(sessions(&mesh, &[0]), [1]);
+    let node = &mut mesh.nodes[0];
+    reload(node, good);
+    println!("connected again after {:?}", wait_connected(node, RECONNECTS_WITHIN).unwrap());
+    assert_eq!(sessions(&mesh, &[0]), [2]);
+    ring.none_lost();
 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use mesh_common::key::WgSecret;
 use netns_tests::{
     Host, Mesh, MeshOptions,
     checks::carry,
@@ -411,4 +412,56 @@ fn an_underlay_of_ipv6_only_carries_both_families() {
     carry::node_to_node_v6(&mesh).unwrap();
     carry::pod_to_pod(&mesh).unwrap();
     carry::pod_to_node(&mesh).unwrap();
+}
+
+#[test]
+fn a_static_peer_is_sought_where_a_reload_says() {
+    const PORT: u16 = 51820;
+    let name = "a_static_peer_is_sought_where_a_reload_says";
+    let Some(binaries) = enter_or_skip(name).unwrap() else {
+        return;
+    };
+    // Only the first node runs an agent; the device is expected on the second host, then on the third.
+    let mut mesh = Mesh::build(&binaries, &MeshOptions { pods_per_node: 0, ..MeshOptions::default() }).unwrap();
+    mesh.start_server().unwrap();
+    let [node, before, after] = &mut mesh.nodes[..] else { panic!("three nodes") };
+    let inbox = |host: &Host, at: IpAddr| {
+        let socket = host.inside(|| Ok(UdpSocket::bind((at, PORT))?)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket
+    };
+    let (first, second) = (inbox(&before.host, before.address), inbox(&after.host, after.address));
+    let expect_at = |node: &mut Node, endpoint: IpAddr| {
+        node.config.more_mesh = vec![
+            "staticPeers:".into(),
+            format!("  - publicKey: \"{}\"", WgSecret::from_seed(&[7; 32]).public()),
+            "    allowedIPs: [\"10.50.0.1/32\"]".into(),
+            format!("    endpoint: {endpoint}:{PORT}"),
+            "    keepalive: 1s".into(),
+        ];
+        node.write_config().unwrap();
+    };
+    expect_at(node, before.address);
+    node.start().unwrap();
+    wait_initiation(node, &first);
+    assert!(!is_initiation(&second));
+
+    expect_at(node, after.address);
+    node.reload().unwrap();
+    wait_initiation(node, &second);
+    while is_initiation(&first) {}
+    wait_initiation(node, &second);
+    assert!(!is_initiation(&first), "the old endpoint is still sought");
+    node.check_running().unwrap();
+}
+
+fn wait_initiation(node: &Node, inbox: &UdpSocket) {
+    let heard = wait::until_true("a handshake initiation", 2 * SOON, || Ok(is_initiation(inbox)));
+    node.explain(heard).unwrap();
+}
+
+/// Whether the next datagram, if there is one, begins a WireGuard handshake.
+fn is_initiation(inbox: &UdpSocket) -> bool {
+    let mut datagram = [0; 2048];
+    inbox.recv(&mut datagram).is_ok_and(|length| length == 148 && datagram.starts_with(&[1, 0, 0, 0]))
 }

@@ -1,6 +1,7 @@
 //! The STUN service.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::time::Instant;
 
 use mesh_proto::wire::stun::{Change, binding_request, parse_response};
 
@@ -52,6 +53,45 @@ fn garbage_and_requests_too_short_for_their_answer_get_none() {
     assert_eq!(parse_response(&answer[..len]).unwrap().transaction, [6; 12]);
     let (_, page) = server.get("/metrics");
     assert!(page.contains("meshspan_discovery_stun_requests_total{outcome=\"answered\"} 1"), "{page}");
+}
+
+#[test]
+fn a_source_has_one_budget_on_both_ports() {
+    /// A burst, then so many a second (stun.rs).
+    const BUDGET: (f64, f64) = (200.0, 50.0);
+    const ROUNDS: usize = 20;
+    const A_ROUND: usize = 40;
+    let dir = tempfile::tempdir().unwrap();
+    let server = Running::start(dir.path(), &[]);
+    let client = client();
+    let outcome = |page: &str, outcome: &str| -> usize {
+        let line = format!("meshspan_discovery_stun_requests_total{{outcome=\"{outcome}\"}} ");
+        page.lines().find_map(|found| found.strip_prefix(&line)).unwrap().parse().unwrap()
+    };
+    let start = Instant::now();
+    let mut answered = 0;
+    for round in 1..=ROUNDS {
+        for port in &server.stun {
+            for number in 0..A_ROUND {
+                let request = binding_request(&[number as u8; 12], false);
+                client.send_to(&request, ("127.0.0.1", *port)).unwrap();
+            }
+        }
+        // No socket holds more than a round, so nothing is lost uncounted.
+        let sent = round * A_ROUND * server.stun.len();
+        loop {
+            let (_, page) = server.get("/metrics");
+            answered = outcome(&page, "answered");
+            let heard = answered + outcome(&page, "over-budget");
+            if heard == sent {
+                break;
+            }
+            assert!(heard < sent && start.elapsed() < PATIENCE, "{heard} of {sent} requests were counted");
+        }
+    }
+    let allowed = BUDGET.0 + BUDGET.1 * start.elapsed().as_secs_f64() + 1.0;
+    assert!(answered as f64 <= allowed, "{answered} answers, {allowed} are one budget");
+    assert!(answered as f64 >= BUDGET.0, "{answered} answers are less than a burst");
 }
 
 #[test]
