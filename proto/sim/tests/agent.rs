@@ -134,7 +134,7 @@ impl Bench {
         let wg = WgSecret::from_seed(CANARY);
         let start = Start {
             keys: secret().derive(),
-            wg: wg.clone(),
+            wg,
             path_policy: PathPolicy::default(),
             identity,
             instance: [9; 16],
