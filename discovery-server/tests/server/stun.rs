@@ -73,7 +73,7 @@ fn a_source_has_one_budget_on_both_ports() {
     for round in 1..=ROUNDS {
         for port in &server.stun {
             for number in 0..A_ROUND {
-                let request = binding_request(&[number as u8; 12], false);
+                let request = binding_request(&[number as u8; 12], Change::NONE);
                 client.send_to(&request, ("127.0.0.1", *port)).unwrap();
             }
         }
