@@ -41,6 +41,19 @@ pub const MAX_FAILED_PROOFS_PER_MINUTE: u32 = 10;
 /// Control messages queued for one connection: replies only, the watch is a cursor and queues nothing.
 pub const MAX_QUEUED_REPLIES: usize = 16;
 
+/// One relayed datagram: the largest frame, or any WireGuard datagram of the largest inner packet a relayed path carries.
+pub const MAX_RELAY_PAYLOAD: usize = 4400;
+/// What waits for one carrier that does not keep up: a burst of one TCP window; then the oldest goes, as on any full link.
+pub const MAX_RELAY_QUEUE_MESSAGES: usize = 256;
+pub const MAX_RELAY_QUEUE_BYTES: usize = 512 * 1024;
+/// The same of all carriers of a server together: many that read nothing cost no more than this.
+pub const MAX_RELAY_QUEUED_BYTES: usize = 64 << 20;
+/// Bytes a second that one client, and that one namespace may have relayed: a public server carries what cannot go direct.
+pub const RELAY_CLIENT_BYTES: u64 = 4 << 20;
+pub const RELAY_NAMESPACE_BYTES: u64 = 16 << 20;
+/// What a rested budget holds, in time at its rate: a client sends 1 MiB at once, about what TCP does before it slows down.
+pub const RELAY_BURST: Duration = Duration::from_millis(250);
+
 /// Both ends of a session send something at least this often.
 pub const SESSION_KEEPALIVE: Duration = Duration::from_secs(5);
 /// A session with nothing received for this long is dead.

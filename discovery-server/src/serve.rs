@@ -144,6 +144,8 @@ fn machine(args: &ServeArgs, stun_ports: Vec<u16>) -> anyhow::Result<Server> {
         slot_ttl: args.ttl(),
         only_namespaces: args.only_namespaces(),
         stun_ports,
+        stun_alt: Vec::new(),
+        relay: None,
         own_names: args.own_names(),
         max_connections: args.max_connections(),
         max_namespaces: MAX_NAMESPACES,

@@ -434,6 +434,8 @@ fn welcome_again() -> Vec<u8> {
         stun_ports: Vec::new(),
         slot_ttl: Duration::from_secs(1),
         max_slots: 1,
+        relay: false,
+        stun_alt: Vec::new(),
     };
     ServerMessage::Welcome(welcome).encode().to_vec()
 }

@@ -1,5 +1,5 @@
-//! Every decision of the mesh, and no I/O: wire codecs, sealing, the discovery store and client, the mesh and path state
-//! machines, and the seam to WireGuard.
+//! Every decision of the mesh, and no I/O: wire codecs, sealing, the discovery store and client, the relay, the mesh and path
+//! state machines, and the seam to WireGuard.
 //!
 //! # The contract of every state machine
 //!
@@ -21,6 +21,7 @@ pub mod fuzz;
 pub mod mesh;
 pub mod path;
 pub mod random;
+pub mod relay;
 pub mod sealed;
 pub mod wg;
 pub mod wire;

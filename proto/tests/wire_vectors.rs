@@ -240,6 +240,7 @@ fn client_message(vector: &Value) -> ClientMessage {
         ("watch", Value::Null) => ClientMessage::Watch(None),
         ("watch", at) => ClientMessage::Watch(Some(cursor(at))),
         ("ping", nonce) => ClientMessage::Ping(number(nonce)),
+        ("relay", relay) => ClientMessage::Relay { to: node(&relay["to"]), payload: bytes(&relay["payload"]).into() },
         (other, _) => panic!("{other}"),
     }
 }
@@ -253,6 +254,8 @@ fn server_message(vector: &Value) -> ServerMessage {
             stun_ports: list(&welcome["stun_ports"]).iter().map(|port| u16::try_from(number(port)).unwrap()).collect(),
             slot_ttl: millis(&welcome["slot_ttl_ms"]),
             max_slots: u32::try_from(number(&welcome["max_slots"])).unwrap(),
+            relay: welcome["relay"].as_bool().unwrap(),
+            stun_alt: list(&welcome["stun_alt"]).iter().map(addr).collect(),
         }),
         ("stored", seq) => ServerMessage::Stored { seq: number(seq) },
         ("restart", _) => ServerMessage::Restart,
@@ -260,6 +263,10 @@ fn server_message(vector: &Value) -> ServerMessage {
         ("gone", gone) => ServerMessage::Gone(node(gone)),
         ("synced", at) => ServerMessage::Synced(cursor(at)),
         ("pong", nonce) => ServerMessage::Pong(number(nonce)),
+        ("relayed", relayed) => {
+            ServerMessage::Relayed { from: node(&relayed["from"]), payload: bytes(&relayed["payload"]).into() }
+        }
+        ("no_peer", absent) => ServerMessage::NoPeer(node(absent)),
         ("drain_ms", wait) => ServerMessage::Drain { retry_after: millis(wait) },
         ("error", error) => ServerMessage::Error(SessionError {
             code: match text(&error["code"]) {

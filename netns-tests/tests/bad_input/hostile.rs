@@ -160,7 +160,7 @@ async fn session(incoming: quinn::Incoming, said: &Said) -> Result<()> {
                             send.write_chunk(enframe(&ServerMessage::Stored { seq: frame.seq() }.encode())).await?;
                             lock(&said.put).push(frame);
                         }
-                        ClientMessage::Watch(_) => {}
+                        ClientMessage::Watch(_) | ClientMessage::Relay { .. } => {}
                         ClientMessage::Ping(number) => {
                             send.write_chunk(enframe(&ServerMessage::Pong(number).encode())).await?;
                         }
@@ -187,6 +187,8 @@ fn welcome(observed: SocketAddr) -> [ServerMessage; 3] {
             stun_ports: Vec::new(),
             slot_ttl: Duration::from_secs(120),
             max_slots: 1024,
+            relay: false,
+            stun_alt: Vec::new(),
         }),
         ServerMessage::Restart,
         ServerMessage::Synced(Cursor { server_instance: 1, version: 1 }),

@@ -10,6 +10,7 @@ use mesh_common::limits::{MAX_CONNECTIONS, MAX_NAMESPACES, MAX_SLOTS_PER_NAMESPA
 use mesh_common::time::Instant;
 use mesh_proto::discovery::server::{Server, ServerConfig};
 use mesh_proto::random::SplitMix64;
+use mesh_proto::relay::switch::RelayLimits;
 use mesh_proto::wire::frame::Frame;
 use mesh_proto::wire::session::ServerMessage;
 
@@ -34,6 +35,8 @@ impl Rendezvous {
             slot_ttl: SLOT_TTL,
             only_namespaces: BTreeSet::new(),
             stun_ports: Vec::new(),
+            stun_alt: Vec::new(),
+            relay: Some(RelayLimits::default()),
             own_names: BTreeSet::new(),
             max_connections: MAX_CONNECTIONS,
             max_namespaces: MAX_NAMESPACES,

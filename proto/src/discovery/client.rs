@@ -1,4 +1,4 @@
-//! An agent's session with one server: connect, prove, publish, watch, keep alive, come back.
+//! An agent's session with one server: connect, prove, publish, watch, relay, keep alive, come back.
 //!
 //! Owns backoff and cursors. Holds no records: frames pass through as events, unverified. Believes a server in nothing but
 //! what is a hint: who is listed, when to come back.
@@ -8,6 +8,7 @@
 //! - What is to be sent is state, not a queue: the newest own frame, one watch, one ping. A slow carrier grows nothing.
 //! - The cursor only names a point up to which `listed` is whole; a snapshot that was cut off starts over.
 //! - `Lost` comes exactly once for each attempt that ends, and says when the next one starts.
+//! - Relayed datagrams keep nothing here: [`Client::relay`] gives the message, and who called it sends it or drops it.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -17,18 +18,22 @@ use bytes::Bytes;
 use mesh_common::id::NodeId;
 use mesh_common::key::{ClusterKeys, SignKey};
 use mesh_common::limits::{
-    CONNECT_TIMEOUT, HELLO_TIMEOUT, MAX_MEMBERS, RECONNECT_MAX, RECONNECT_MIN, SESSION_IDLE, SESSION_KEEPALIVE,
+    CONNECT_TIMEOUT, HELLO_TIMEOUT, MAX_MEMBERS, MAX_RELAY_PAYLOAD, RECONNECT_MAX, RECONNECT_MIN, SESSION_IDLE,
+    SESSION_KEEPALIVE,
 };
 use mesh_common::time::Instant;
 
+use super::limits::reason;
 use crate::random::SplitMix64;
 use crate::wire::frame::{Frame, Kind};
 use crate::wire::session::{
-    Binding, ClientMessage, Cursor, DecodeError, ErrorCode, Hello, ServerMessage, SessionError,
+    Binding, ClientMessage, Cursor, DecodeError, ErrorCode, Hello, ServerMessage, SessionError, Welcome,
 };
 
 /// A session that was live for this long shows a good server: the next failure starts with the shortest pause.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
+/// How long a session has to show that it survived a change of the host's network: a round trip with one loss.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// The longest wait a server can ask for: a wrong answer must not send an agent away for good.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(600);
 
@@ -50,7 +55,7 @@ pub enum ClientEvent {
     /// Close the carrier that is open.
     HangUp,
     /// The server accepted the proof.
-    Welcomed { observed: SocketAddr, stun_ports: Vec<u16> },
+    Welcomed { observed: SocketAddr, stun_ports: Vec<u16>, stun_alt: Vec<SocketAddr>, relay: bool },
     /// A frame of some member or of this node, not verified yet.
     Frame(Bytes),
     /// The snapshot is whole: `listed` are all nodes this server lists, this one left out (at most
@@ -60,7 +65,11 @@ pub enum ClientEvent {
     Gone(NodeId),
     /// Our own frame of this sequence number is stored.
     Stored { seq: u64 },
-    /// The server refused something.
+    /// A datagram of another node, by way of the server. Nothing about it is verified.
+    Relayed { from: NodeId, payload: Bytes },
+    /// What was to be relayed to this node is lost: the server does not reach it. A hint.
+    NoPeer(NodeId),
+    /// The server refused something, or dropped datagrams over a relay budget.
     Refused(SessionError),
     /// The session ended for this reason; the client comes back by itself after `retry_in`.
     Lost { reason: String, retry_in: Duration },
@@ -88,6 +97,9 @@ pub struct Client {
     state: ClientState,
     /// When the state ends by itself: the attempt starts, or fails. `None` while a session is accepted.
     deadline: Option<Instant>,
+    dialed_at: Instant,
+    /// The attempt started before the network changed: the deadline is its last chance, then comes another at once.
+    outdated: bool,
     /// The longest the next pause may be.
     pause: Duration,
     session: Session,
@@ -113,6 +125,10 @@ struct Session {
     ping_due: bool,
     pings: u64,
     next_ping: Option<Instant>,
+    /// The network changed: dead unless this ping or a later one is answered until then.
+    probe: Option<(u64, Instant)>,
+    /// The welcome offered it.
+    relay: bool,
     dead_at: Option<Instant>,
     live_since: Option<Instant>,
 }
@@ -127,6 +143,8 @@ enum Ending {
     NoRoom(Duration),
     /// The server stops for a while and spreads its clients over this.
     Drain(Duration),
+    /// The way to the server is another one now.
+    NetworkChanged,
 }
 
 impl Client {
@@ -137,6 +155,8 @@ impl Client {
             random: SplitMix64::new(seed),
             state: ClientState::Dialing,
             deadline: None,
+            dialed_at: now,
+            outdated: false,
             pause: RECONNECT_MIN,
             session: Session::default(),
             own: None,
@@ -158,6 +178,7 @@ impl Client {
         }
         self.state = ClientState::Proving;
         self.deadline = Some(now + HELLO_TIMEOUT);
+        self.outdated = false;
         self.session = Session::default();
         if !self.config.proxied {
             self.prove(Binding::Exporter(exporter));
@@ -197,7 +218,11 @@ impl Client {
                     self.prove(Binding::Challenge(challenge));
                 }
             }
-            ServerMessage::Pong(_) => {}
+            ServerMessage::Pong(number) => {
+                if self.session.probe.is_some_and(|(ping, _)| number >= ping) {
+                    self.session.probe = None;
+                }
+            }
             ServerMessage::Drain { retry_after } => {
                 let reason = format!("{} restarts and asked to come back", self.config.server_name);
                 self.hang_up(reason, Ending::Drain(retry_after), now);
@@ -206,11 +231,15 @@ impl Client {
             ServerMessage::Welcome(welcome) if self.state == ClientState::Proving && self.session.proven => {
                 self.state = ClientState::Syncing;
                 self.deadline = None;
+                self.outdated = false;
                 self.session.next_ping = Some(now + SESSION_KEEPALIVE);
                 self.session.dead_at = Some(now + SESSION_IDLE);
-                self.events
-                    .push_back(ClientEvent::Welcomed { observed: welcome.observed, stun_ports: welcome.stun_ports });
+                self.session.relay = welcome.relay;
+                let Welcome { observed, stun_ports, stun_alt, relay, .. } = welcome;
+                self.events.push_back(ClientEvent::Welcomed { observed, stun_ports, stun_alt, relay });
             }
+            // A datagram may overtake the welcome.
+            ServerMessage::Relayed { .. } if self.state == ClientState::Proving => {}
             // Nothing else belongs before the welcome, and the welcome comes once.
             _ if self.state == ClientState::Proving => self.lose_to_garbage(now),
             ServerMessage::Welcome(_) => self.lose_to_garbage(now),
@@ -225,6 +254,8 @@ impl Client {
                 self.listed.remove(&node);
                 self.events.push_back(ClientEvent::Gone(node));
             }
+            ServerMessage::Relayed { from, payload } => self.events.push_back(ClientEvent::Relayed { from, payload }),
+            ServerMessage::NoPeer(node) => self.events.push_back(ClientEvent::NoPeer(node)),
             ServerMessage::Synced(cursor) => {
                 self.cursor = Some(cursor);
                 self.state = ClientState::Live;
@@ -239,6 +270,7 @@ impl Client {
             let server = &self.config.server_name;
             return match self.state {
                 ClientState::Waiting { .. } => self.dial(now),
+                _ if self.outdated => self.hang_up("the network changed".to_owned(), Ending::NetworkChanged, now),
                 ClientState::Dialing => {
                     let reason = format!("{server} did not answer within {CONNECT_TIMEOUT:?}");
                     self.hang_up(reason, Ending::Failure, now);
@@ -255,6 +287,10 @@ impl Client {
             let reason = format!("{} was silent for {SESSION_IDLE:?}", self.config.server_name);
             return self.hang_up(reason, Ending::Failure, now);
         }
+        if self.session.probe.is_some_and(|(_, dead_at)| dead_at <= now) {
+            let reason = format!("{} did not answer after the network changed", self.config.server_name);
+            return self.hang_up(reason, Ending::NetworkChanged, now);
+        }
         if self.session.next_ping.is_some_and(|next| next <= now) {
             self.session.ping_due = true;
             self.session.next_ping = Some(now + SESSION_KEEPALIVE);
@@ -265,12 +301,40 @@ impl Client {
         }
     }
 
-    /// The host's network changed: try again at once when waiting.
+    /// The host's network changed. Whoever waits tries again at once; an attempt under way may have started from an address that
+    /// is gone, so it ends soon and starts anew; a session shows that it still lives, or is replaced.
     pub fn handle_network_changed(&mut self, now: Instant) {
-        if matches!(self.state, ClientState::Waiting { .. }) {
-            self.pause = RECONNECT_MIN;
-            self.dial(now);
+        match self.state {
+            ClientState::Waiting { .. } => {
+                self.pause = RECONNECT_MIN;
+                self.dial(now);
+            }
+            ClientState::Dialing | ClientState::Proving => {
+                let last_chance = (self.dialed_at + RECONNECT_MIN).max(now);
+                self.deadline = self.deadline.map(|deadline| deadline.min(last_chance));
+                self.outdated = true;
+            }
+            ClientState::Syncing | ClientState::Live => {
+                // Later changes do not put the deadline off.
+                if self.session.probe.is_none() {
+                    self.session.probe = Some((self.session.pings + 1, now + PROBE_TIMEOUT));
+                }
+                self.session.ping_due = true;
+            }
+            ClientState::Stopped => {}
         }
+    }
+
+    /// Whether [`Self::relay`] would give a message now.
+    pub fn offers_relay(&self) -> bool {
+        self.session.relay && matches!(self.state, ClientState::Syncing | ClientState::Live)
+    }
+
+    /// The message that asks the server to hand this datagram to another node; the caller sends it as one that may be lost.
+    /// `None` without a session that relays, or when the datagram is empty or over [`MAX_RELAY_PAYLOAD`].
+    pub fn relay(&self, to: &NodeId, payload: &[u8]) -> Option<Bytes> {
+        let fits = (1..=MAX_RELAY_PAYLOAD).contains(&payload.len());
+        (fits && self.offers_relay()).then(|| ClientMessage::relay(to, payload))
     }
 
     /// The node's own newest frame: put now, and again after every reconnect, until a newer one replaces it. While the server
@@ -293,6 +357,7 @@ impl Client {
         self.deadline = None;
         self.session.next_ping = None;
         self.session.dead_at = None;
+        self.session.probe = None;
         self.session.put_retry = None;
     }
 
@@ -353,6 +418,10 @@ impl Client {
         [
             (self.deadline, what),
             (self.session.dead_at, "a discovery server gone silent"),
+            (
+                self.session.probe.map(|(_, dead_at)| dead_at),
+                "a session that may not have survived a change of the network",
+            ),
             (self.session.next_ping, "the keepalive of a discovery session"),
             (self.session.put_retry, "putting the own record again"),
         ]
@@ -372,6 +441,8 @@ impl Client {
     fn dial(&mut self, now: Instant) {
         self.state = ClientState::Dialing;
         self.deadline = Some(now + CONNECT_TIMEOUT);
+        self.dialed_at = now;
+        self.outdated = false;
         self.events.push_back(ClientEvent::Dial);
     }
 
@@ -410,10 +481,13 @@ impl Client {
     fn handle_refusal(&mut self, error: SessionError, now: Instant) {
         let (code, retry_after) = (error.code, error.retry_after.min(MAX_RETRY_AFTER));
         let reason = self.explain(&error);
+        let is_relay_budget =
+            [reason::RELAY_CLIENT_BYTES, reason::RELAY_NAMESPACE_BYTES].contains(&error.limit.as_str());
         self.events.push_back(ClientEvent::Refused(error));
         match code {
             ErrorCode::AuthFailed | ErrorCode::NamespaceRefused => self.hang_up(reason, Ending::Refusal, now),
             _ if self.state == ClientState::Proving => self.hang_up(reason, Ending::NoRoom(retry_after), now),
+            ErrorCode::RateLimited if is_relay_budget => {}
             ErrorCode::RateLimited | ErrorCode::ClusterFull | ErrorCode::ServerFull => {
                 // Only a put can meet these once the session stands.
                 self.session.put_due = false;
@@ -470,6 +544,10 @@ impl Client {
             Ending::NoRoom(retry_after) => {
                 let pause = self.draw_pause();
                 pause.max(self.spread_around(retry_after))
+            }
+            Ending::NetworkChanged => {
+                self.pause = RECONNECT_MIN;
+                Duration::ZERO
             }
             Ending::Drain(spread) => {
                 self.random.between(RECONNECT_MIN / 2, spread.min(MAX_RETRY_AFTER).max(RECONNECT_MIN))

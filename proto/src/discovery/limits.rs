@@ -42,6 +42,15 @@ pub mod reason {
     pub const FOREIGN_FRAME: &str = "foreign-frame";
     pub const STALE_FRAME: &str = "stale-frame";
     pub const DRAINING: &str = "draining";
+    pub const RELAY_CLIENT_BYTES: &str = "relay-client-bytes";
+    pub const RELAY_NAMESPACE_BYTES: &str = "relay-namespace-bytes";
+    /// A datagram for a node that has no session here.
+    pub const RELAY_NO_PEER: &str = "relay-no-peer";
+    /// A datagram that waited for its receiver until newer ones took its place.
+    pub const RELAY_QUEUE: &str = "relay-queue";
+    /// A datagram that waited in the fullest queue when all queues together were full.
+    pub const RELAY_MEMORY: &str = "relay-memory";
+    pub const RELAY_OFF: &str = "relay-off";
 }
 
 /// Sessions of one node at once: an agent has one for each carrier, and a flapping one leaves dead ones for `SESSION_IDLE`.

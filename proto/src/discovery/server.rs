@@ -1,13 +1,15 @@
 //! The server machine: every connection of every agent, and what each is told.
 //!
-//! Owns proofs, limits, the store and one cursor per watcher. Pull-based, so a slow reader costs no memory: the shell calls
+//! Owns proofs, limits, the store, the relay switch and one cursor per watcher. Pull-based, so a slow reader costs no memory: the shell calls
 //! [`Server::poll_transmit`] for a connection only when that connection's carrier can take more, and watch messages are
-//! made at that moment from the newest state.
+//! made at that moment from the newest state. [`Server::poll_relay`] is a second lane for relayed datagrams, so that neither
+//! waits for the other.
 //!
 //! # Invariants
 //!
 //! - Nothing of a namespace is told or taken before a Hello that is bound to this very connection; that Hello comes once.
-//! - A connection holds at most [`MAX_QUEUED_REPLIES`] replies, one cursor, and no copy of any frame.
+//! - A connection holds at most [`MAX_QUEUED_REPLIES`] replies, one cursor, and no copy of any frame; relayed datagrams have their own
+//!   bounded queue in the switch.
 //! - Each refusal is a typed error with the name of its limit, and a counter of that name.
 //! - A closed connection has left its namespace; it exists only to hand out its last words until the carrier is gone.
 
@@ -26,6 +28,7 @@ use super::limits::{
     Site, SiteBudgets, reason,
 };
 use super::store::{Change, Put, PutError, Store, StoreConfig, Watcher};
+use crate::relay::switch::{RelayLimits, RelayStats, Relayed, Switch};
 use crate::wire::frame::Frame;
 use crate::wire::session::{
     Binding, BindingMode, ClientMessage, Cursor, DecodeError, ErrorCode, Hello, ServerMessage, SessionError, Welcome,
@@ -43,6 +46,10 @@ pub struct ServerConfig {
     /// Empty = open to every namespace within the public budgets.
     pub only_namespaces: BTreeSet<Namespace>,
     pub stun_ports: Vec<u16>,
+    /// Other addresses of the STUN service, at most [`MAX_STUN_ALT`](crate::wire::session::MAX_STUN_ALT).
+    pub stun_alt: Vec<SocketAddr>,
+    /// `None` = no relay.
+    pub relay: Option<RelayLimits>,
     /// Host names (without port) this server answers a challenge-bound Hello for.
     pub own_names: BTreeSet<String>,
     pub max_connections: usize,
@@ -55,7 +62,7 @@ pub struct ServerConfig {
 /// What the shell has to do beyond sending.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ServerEvent {
-    /// This connection has something to send: poll it when its carrier can take more.
+    /// This connection has something to send: poll both its lanes when its carrier can take more.
     Wake(ConnId),
     /// Send what is queued, then close the carrier.
     Close(ConnId),
@@ -84,6 +91,7 @@ pub struct ServerStats {
     pub hellos_accepted: u64,
     pub puts_accepted: u64,
     pub frames_sent: u64,
+    pub relay: RelayStats,
     /// Refusals and drops by reason: the words of [`reason`].
     pub refused: BTreeMap<&'static str, u64>,
 }
@@ -93,6 +101,7 @@ pub struct Server {
     config: ServerConfig,
     challenges: Challenges,
     store: Store,
+    switch: Switch,
     sites: SiteBudgets,
     connections: BTreeMap<ConnId, Connection>,
     /// Proven connections of each namespace.
@@ -144,6 +153,7 @@ impl Server {
             max_stored_bytes: config.max_stored_bytes,
         });
         Self {
+            switch: Switch::new(config.relay),
             config,
             challenges: Challenges::new(seed),
             store,
@@ -218,6 +228,7 @@ impl Server {
             }
             (Ok(ClientMessage::Watch(cursor)), Some((namespace, _))) => self.handle_watch(conn, namespace, cursor),
             (Ok(ClientMessage::Ping(number)), Some(_)) => self.reply(conn, &ServerMessage::Pong(number), now),
+            (Ok(ClientMessage::Relay { to, payload }), Some(_)) => self.handle_relay(conn, &to, &payload, now),
             (Err(DecodeError::UnknownType(_)), Some(_)) => self.count(reason::UNKNOWN_MESSAGE),
             (Err(DecodeError::Malformed), _) => {
                 self.refuse_and_close(conn, ErrorCode::Protocol, reason::MALFORMED, now);
@@ -309,6 +320,12 @@ impl Server {
         None
     }
 
+    /// The next relayed datagram for this connection, or `None` until its next `Wake`. May be lost on the way, and does not
+    /// wait for [`Self::poll_transmit`], nor that for it.
+    pub fn poll_relay(&mut self, conn: ConnId) -> Option<Bytes> {
+        self.switch.poll_relay(conn)
+    }
+
     pub fn poll_event(&mut self) -> Option<ServerEvent> {
         self.events.pop_front()
     }
@@ -327,6 +344,7 @@ impl Server {
             hellos_accepted: self.hellos_accepted,
             puts_accepted: self.puts_accepted,
             frames_sent: self.frames_sent,
+            relay: self.switch.stats().clone(),
             refused: self.refused.clone(),
         }
     }
@@ -346,6 +364,7 @@ impl Server {
         let observed = connection.remote;
         self.set_deadline(conn, now + SESSION_IDLE);
         self.sessions.entry(namespace).or_default().insert(conn, node);
+        self.switch.join(conn, namespace, node, now);
         self.hellos_accepted += 1;
         self.events.push_back(ServerEvent::Joined { conn, namespace, node });
         let welcome = Welcome {
@@ -354,6 +373,8 @@ impl Server {
             stun_ports: self.config.stun_ports.clone(),
             slot_ttl: self.config.slot_ttl,
             max_slots: u32::try_from(self.config.max_slots_per_namespace).unwrap_or(u32::MAX),
+            relay: self.switch.offers_relay(),
+            stun_alt: self.config.stun_alt.clone(),
         };
         self.reply(conn, &ServerMessage::Welcome(welcome), now);
         if self.store.sessions(&namespace, &node) > MAX_SESSIONS_PER_NODE {
@@ -451,6 +472,26 @@ impl Server {
         }
     }
 
+    fn handle_relay(&mut self, conn: ConnId, to: &NodeId, payload: &[u8], now: Instant) {
+        let told = match self.switch.handle_relay(conn, to, payload, now) {
+            Relayed::Queued { to, wake } => {
+                if wake {
+                    self.events.push_back(ServerEvent::Wake(to));
+                }
+                return;
+            }
+            Relayed::NoPeer => ServerMessage::NoPeer(*to),
+            Relayed::OverBudget(Exceeded { limit, retry_after }) => {
+                ServerMessage::Error(error(ErrorCode::RateLimited, limit, retry_after))
+            }
+            Relayed::Dropped => return,
+        };
+        // Only a hint: a client that reads slowly goes without it rather than losing its session.
+        if self.connections.get(&conn).is_some_and(|connection| connection.replies.len() < MAX_QUEUED_REPLIES / 2) {
+            self.reply(conn, &told, now);
+        }
+    }
+
     /// Queues a reply; an agent that asks faster than it reads is closed.
     fn reply(&mut self, conn: ConnId, message: &ServerMessage, now: Instant) {
         let Some(connection) = self.connections.get_mut(&conn) else { return };
@@ -483,6 +524,7 @@ impl Server {
         match std::mem::replace(&mut connection.phase, Phase::Closing) {
             Phase::Unproven => self.sites.close_unproven(Site::of(connection.remote.ip())),
             Phase::Member { namespace, node, .. } => {
+                self.switch.leave(conn);
                 if let Some(sessions) = self.sessions.get_mut(&namespace) {
                     sessions.remove(&conn);
                     if sessions.is_empty() {

@@ -15,6 +15,7 @@ use mesh_common::time::Instant;
 use super::client::{Client, ClientConfig, ClientEvent, ClientState};
 use super::server::{ConnId, Server, ServerConfig, ServerEvent};
 use crate::random::SplitMix64;
+use crate::relay::switch::RelayLimits;
 use crate::wire::frame::{Frame, Kind};
 
 pub(super) fn at(seconds: u64) -> Instant {
@@ -49,6 +50,8 @@ pub(super) fn server_config() -> ServerConfig {
         slot_ttl: SLOT_TTL,
         only_namespaces: BTreeSet::new(),
         stun_ports: vec![3478, 3479],
+        stun_alt: Vec::new(),
+        relay: Some(RelayLimits::default()),
         own_names: BTreeSet::new(),
         max_connections: 1000,
         max_namespaces: MAX_NAMESPACES,
@@ -200,7 +203,10 @@ impl Pair {
                 agent.listed.remove(&node);
             }
             ClientEvent::Lost { reason, .. } => agent.lost.push(reason),
-            ClientEvent::Stored { .. } | ClientEvent::Refused(_) => {}
+            ClientEvent::Stored { .. }
+            | ClientEvent::Refused(_)
+            | ClientEvent::Relayed { .. }
+            | ClientEvent::NoPeer(_) => {}
         }
     }
 

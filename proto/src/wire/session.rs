@@ -2,7 +2,8 @@
 //!
 //! A message is `type u8 | body`, body by [`crate::wire::codec`]. A stream carrier (QUIC, one bidirectional stream that the
 //! agent opens) puts a u32 length before each; a WebSocket carrier makes each one binary message. An unknown type is
-//! counted and skipped; a body that does not decode ends the session.
+//! counted and skipped; a body that does not decode ends the session. Relay and Relayed may also travel beside the stream, as
+//! one QUIC datagram each: they may be lost and overtake each other, nothing else may.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use mesh_common::id::{Namespace, NodeId};
 use mesh_common::key::{self, ClusterKeys, SignKey};
-use mesh_common::limits::MAX_MESSAGE;
+use mesh_common::limits::{MAX_MESSAGE, MAX_RELAY_PAYLOAD};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -30,6 +31,8 @@ pub const EXPORTER_LABEL: &[u8] = b"EXPORTER-meshspan-v1";
 pub const MAX_SERVER_NAME: usize = 300;
 /// STUN ports in a Welcome.
 pub const MAX_STUN_PORTS: usize = 8;
+/// Alternate STUN addresses in a Welcome.
+pub const MAX_STUN_ALT: usize = 4;
 /// The longest name of a limit in an error.
 pub const MAX_LIMIT_NAME: usize = 64;
 
@@ -43,6 +46,11 @@ pub enum ClientMessage {
     Watch(Option<Cursor>),
     /// Keeps the session alive; answered by `Pong` with the same number.
     Ping(u64),
+    /// Hand these bytes to another node of the namespace, if it is there: a datagram, 1 to [`MAX_RELAY_PAYLOAD`] bytes.
+    Relay {
+        to: NodeId,
+        payload: Bytes,
+    },
 }
 
 /// From server to agent.
@@ -69,6 +77,13 @@ pub enum ServerMessage {
         retry_after: Duration,
     },
     Error(SessionError),
+    /// A datagram from another node of the namespace, by its session.
+    Relayed {
+        from: NodeId,
+        payload: Bytes,
+    },
+    /// This server does not reach that node: what was to be relayed to it is lost.
+    NoPeer(NodeId),
 }
 
 /// A point in the history of one server instance.
@@ -119,6 +134,10 @@ pub struct Welcome {
     pub stun_ports: Vec<u16>,
     pub slot_ttl: Duration,
     pub max_slots: u32,
+    /// Whether the server relays.
+    pub relay: bool,
+    /// Other addresses of the STUN service, to tell more about a NAT; often none.
+    pub stun_alt: Vec<SocketAddr>,
 }
 
 /// Why a request was not carried out, and when to ask again.
@@ -227,7 +246,13 @@ impl ClientMessage {
             Self::Put(frame) => raw_message(PUT, frame),
             Self::Watch(cursor) => message(WATCH, &cursor.map(WireCursor::from)),
             Self::Ping(number) => message(PING, number),
+            Self::Relay { to, payload } => Self::relay(to, payload),
         }
+    }
+
+    /// The bytes of a Relay. The payload is one that fits: 1 to [`MAX_RELAY_PAYLOAD`] bytes.
+    pub fn relay(to: &NodeId, payload: &[u8]) -> Bytes {
+        addressed(RELAY, to, payload)
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
@@ -237,6 +262,10 @@ impl ClientMessage {
             PUT => Self::Put(Bytes::copy_from_slice(body)),
             WATCH => Self::Watch(decode::<Option<WireCursor>>(body)?.map(Cursor::from)),
             PING => Self::Ping(decode(body)?),
+            RELAY => {
+                let (to, payload) = split_addressed(body)?;
+                Self::Relay { to, payload }
+            }
             unknown => return Err(DecodeError::UnknownType(unknown)),
         })
     }
@@ -255,7 +284,14 @@ impl ServerMessage {
             Self::Pong(number) => message(PONG, number),
             Self::Drain { retry_after } => message(DRAIN, &millis(*retry_after)),
             Self::Error(error) => message(ERROR, &WireError::from(error)),
+            Self::Relayed { from, payload } => Self::relayed(from, payload),
+            Self::NoPeer(node) => message(NO_PEER, &node.0),
         }
+    }
+
+    /// The bytes of a Relayed, from the payload of a Relay.
+    pub fn relayed(from: &NodeId, payload: &[u8]) -> Bytes {
+        addressed(RELAYED, from, payload)
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
@@ -274,6 +310,11 @@ impl ServerMessage {
             PONG => Self::Pong(decode(body)?),
             DRAIN => Self::Drain { retry_after: from_millis(decode(body)?) },
             ERROR => Self::Error(decode::<WireError>(body)?.into_error()?),
+            RELAYED => {
+                let (from, payload) = split_addressed(body)?;
+                Self::Relayed { from, payload }
+            }
+            NO_PEER => Self::NoPeer(NodeId(decode(body)?)),
             unknown => return Err(DecodeError::UnknownType(unknown)),
         })
     }
@@ -340,6 +381,9 @@ pub fn enframe(message: &[u8]) -> Bytes {
     bytes.freeze()
 }
 
+/// What a Relay or Relayed adds to its payload.
+pub const RELAY_OVERHEAD: usize = 1 + 32;
+
 const LENGTH_LEN: usize = 4;
 const ROLE_NODE: u8 = 0;
 const LABEL_MEMBERSHIP: &str = "meshspan/v1 hello membership";
@@ -349,6 +393,7 @@ const HELLO: u8 = 0x01;
 const PUT: u8 = 0x02;
 const WATCH: u8 = 0x03;
 const PING: u8 = 0x04;
+const RELAY: u8 = 0x05;
 
 const CHALLENGE: u8 = 0x81;
 const WELCOME: u8 = 0x82;
@@ -360,6 +405,8 @@ const SYNCED: u8 = 0x87;
 const PONG: u8 = 0x88;
 const DRAIN: u8 = 0x89;
 const ERROR: u8 = 0x8a;
+const RELAYED: u8 = 0x8b;
+const NO_PEER: u8 = 0x8c;
 
 fn message(kind: u8, body: &impl Serialize) -> Bytes {
     codec::serialize(&(kind, body), usize::MAX).expect("only a limit can fail, and there is none").into()
@@ -371,6 +418,25 @@ fn raw_message(kind: u8, body: &[u8]) -> Bytes {
     bytes.put_u8(kind);
     bytes.put_slice(body);
     bytes.freeze()
+}
+
+/// A datagram and whose it is: the payload travels as it is.
+fn addressed(kind: u8, node: &NodeId, payload: &[u8]) -> Bytes {
+    debug_assert!((1..=MAX_RELAY_PAYLOAD).contains(&payload.len()), "{} bytes", payload.len());
+    let mut bytes = BytesMut::with_capacity(RELAY_OVERHEAD + payload.len());
+    bytes.put_u8(kind);
+    bytes.put_slice(&node.0);
+    bytes.put_slice(payload);
+    bytes.freeze()
+}
+
+fn split_addressed(body: &[u8]) -> Result<(NodeId, Bytes), DecodeError> {
+    match body.split_first_chunk() {
+        Some((node, payload)) if (1..=MAX_RELAY_PAYLOAD).contains(&payload.len()) => {
+            Ok((NodeId(*node), Bytes::copy_from_slice(payload)))
+        }
+        _ => Err(DecodeError::Malformed),
+    }
 }
 
 fn split(bytes: &[u8]) -> Result<(u8, &[u8]), DecodeError> {

@@ -181,6 +181,9 @@ impl World {
             self.remember(&message);
             self.push(conn.0, false, Some(message));
         }
+        while let Some(message) = self.servers[server].machine.as_mut().and_then(|machine| machine.poll_relay(conn)) {
+            self.push(conn.0, false, Some(message));
+        }
     }
 
     /// A message of the network's own making to an agent.

@@ -41,6 +41,8 @@ fn welcome() -> ServerMessage {
         stun_ports: vec![3478],
         slot_ttl: Duration::from_secs(120),
         max_slots: 1024,
+        relay: true,
+        stun_alt: vec![SocketAddr::from(([192, 0, 2, 2], 3478))],
     })
 }
 
@@ -58,6 +60,10 @@ fn record(of: u8, seq: u64) -> Frame {
 
 fn refusal(code: ErrorCode, retry_after: Duration) -> ServerMessage {
     ServerMessage::Error(SessionError { code, limit: "some-limit".to_owned(), retry_after })
+}
+
+fn relayed() -> ServerMessage {
+    ServerMessage::Relayed { from: node(2), payload: Bytes::from_static(b"sealed") }
 }
 
 fn receive(client: &mut Client, message: &ServerMessage, now: Instant) {
@@ -109,8 +115,13 @@ fn proof_record_and_watch_leave_in_one_flight() {
         other => panic!("{other:?}"),
     }
     receive(&mut client, &welcome(), at(1));
-    let observed = SocketAddr::from(([192, 0, 2, 1], 4000));
-    assert_eq!(events(&mut client), [ClientEvent::Welcomed { observed, stun_ports: vec![3478] }]);
+    let welcomed = ClientEvent::Welcomed {
+        observed: SocketAddr::from(([192, 0, 2, 1], 4000)),
+        stun_ports: vec![3478],
+        stun_alt: vec![SocketAddr::from(([192, 0, 2, 2], 3478))],
+        relay: true,
+    };
+    assert_eq!(events(&mut client), [welcomed]);
     receive(&mut client, &ServerMessage::Stored { seq: 3 }, at(1));
     assert_eq!(events(&mut client), [ClientEvent::Stored { seq: 3 }]);
 }
@@ -224,6 +235,114 @@ fn a_changed_network_is_tried_at_once() {
     assert_eq!(events(&mut client), [], "an attempt is under way");
     client.handle_disconnected("network unreachable", at(0));
     assert_between(lost(&mut client), RECONNECT_MIN / 2, RECONNECT_MIN);
+}
+
+#[test]
+fn an_attempt_from_before_a_change_of_the_network_ends_soon_and_starts_anew_at_once() {
+    let ms = |ms| at(0) + Duration::from_millis(ms);
+    let mut client = dialing();
+    client.handle_network_changed(ms(100));
+    assert_eq!(client.poll_timeout().unwrap().0, at(0) + RECONNECT_MIN, "it may still come through");
+    client.handle_network_changed(ms(200));
+    client.handle_timeout(at(0) + RECONNECT_MIN);
+    assert_eq!(hung_up(&mut client), ("the network changed".to_owned(), Duration::ZERO));
+    client.handle_timeout(at(0) + RECONNECT_MIN);
+    assert_eq!(events(&mut client), [ClientEvent::Dial]);
+    // Connected in time: nothing is given up.
+    client.handle_network_changed(ms(600));
+    live(&mut client, 1, ms(700));
+    client.handle_timeout(ms(2000));
+    assert_eq!((events(&mut client), client.state()), (vec![], ClientState::Live));
+    // A proof that is not answered is an attempt too.
+    let mut client = dialing();
+    client.handle_connected(EXPORTER, ms(100));
+    client.handle_network_changed(ms(3000));
+    client.handle_timeout(ms(3000));
+    assert_eq!(hung_up(&mut client).1, Duration::ZERO);
+}
+
+#[test]
+fn a_session_shows_at_once_that_it_survived_a_change_of_the_network() {
+    let mut client = dialing();
+    live(&mut client, 1, at(0));
+    client.handle_network_changed(at(10));
+    assert_eq!(sent(&mut client), [ClientMessage::Ping(1)]);
+    receive(&mut client, &ServerMessage::Pong(1), at(11));
+    client.handle_timeout(at(12));
+    assert_eq!((events(&mut client), client.state()), (vec![], ClientState::Live));
+}
+
+#[test]
+fn a_session_that_did_not_survive_a_change_of_the_network_is_replaced_at_once() {
+    let mut client = dialing();
+    live(&mut client, 1, at(0));
+    client.handle_timeout(at(0) + SESSION_KEEPALIVE);
+    assert_eq!(sent(&mut client), [ClientMessage::Ping(1)]);
+    client.handle_network_changed(at(7));
+    assert_eq!(sent(&mut client), [ClientMessage::Ping(2)]);
+    let dead_at = at(7) + PROBE_TIMEOUT;
+    assert_eq!(client.poll_timeout().unwrap().0, dead_at);
+    // What was on its way before says nothing, and a second change puts nothing off.
+    receive(&mut client, &ServerMessage::Pong(1), at(7));
+    receive(&mut client, &relayed(), at(7));
+    client.handle_network_changed(at(8));
+    events(&mut client);
+    client.handle_timeout(dead_at);
+    let (reason, pause) = hung_up(&mut client);
+    assert_eq!(reason, "disc.example:7443 did not answer after the network changed");
+    assert_eq!(pause, Duration::ZERO);
+    client.handle_timeout(dead_at);
+    assert_eq!(events(&mut client), [ClientEvent::Dial]);
+}
+
+#[test]
+fn datagrams_are_relayed_while_a_session_offers_it() {
+    let mut client = dialing();
+    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed")), (false, None));
+    client.handle_connected(EXPORTER, at(0));
+    sent(&mut client);
+    receive(&mut client, &relayed(), at(0));
+    assert_eq!((events(&mut client), client.state()), (vec![], ClientState::Proving), "it overtook the welcome");
+    receive(&mut client, &welcome(), at(0));
+    events(&mut client);
+    assert!(client.offers_relay());
+    let message = client.relay(&node(2), b"sealed").unwrap();
+    let expected = ClientMessage::Relay { to: node(2), payload: Bytes::from_static(b"sealed") };
+    assert_eq!(ClientMessage::decode(&message), Ok(expected));
+    assert_eq!(client.relay(&node(2), b""), None);
+    assert!(client.relay(&node(2), &[1; MAX_RELAY_PAYLOAD]).is_some());
+    assert_eq!(client.relay(&node(2), &[1; MAX_RELAY_PAYLOAD + 1]), None);
+
+    receive(&mut client, &relayed(), at(1));
+    receive(&mut client, &ServerMessage::NoPeer(node(3)), at(1));
+    let expected =
+        [ClientEvent::Relayed { from: node(2), payload: Bytes::from_static(b"sealed") }, ClientEvent::NoPeer(node(3))];
+    assert_eq!(events(&mut client), expected);
+    client.handle_disconnected("connection reset", at(2));
+    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed")), (false, None));
+
+    let mut client = dialing();
+    client.handle_connected(EXPORTER, at(0));
+    let ServerMessage::Welcome(without) = welcome() else { unreachable!() };
+    receive(&mut client, &ServerMessage::Welcome(Welcome { relay: false, ..without }), at(0));
+    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed")), (false, None));
+}
+
+#[test]
+fn a_relay_budget_that_is_met_is_told_and_holds_no_put_back() {
+    for limit in [reason::RELAY_CLIENT_BYTES, reason::RELAY_NAMESPACE_BYTES] {
+        let mut client = dialing();
+        live(&mut client, 1, at(0));
+        let met = SessionError {
+            code: ErrorCode::RateLimited,
+            limit: limit.to_owned(),
+            retry_after: Duration::from_millis(40),
+        };
+        receive(&mut client, &ServerMessage::Error(met.clone()), at(1));
+        assert_eq!(events(&mut client), [ClientEvent::Refused(met)]);
+        client.publish(record(1, 5), at(1));
+        assert!(matches!(sent(&mut client).as_slice(), [ClientMessage::Put(_)]), "{limit}");
+    }
 }
 
 #[test]
@@ -494,6 +613,8 @@ fn inputs() -> impl Strategy<Value = Vec<Input>> {
         2 => (0..9_u64).prop_map(synced),
         1 => Just(ServerMessage::Stored { seq: 1 }),
         1 => Just(ServerMessage::Pong(1)),
+        1 => Just(relayed()),
+        1 => Just(ServerMessage::NoPeer(node(3))),
         1 => Just(ServerMessage::Challenge([4; 32])),
         1 => Just(ServerMessage::Drain { retry_after: Duration::from_secs(9) }),
         1 => prop_oneof![
@@ -543,7 +664,8 @@ proptest! {
                     ClientEvent::Dial => dials += 1,
                     ClientEvent::Lost { retry_in, reason } => {
                         losses += 1;
-                        prop_assert!(retry_in >= RECONNECT_MIN / 2, "{}", reason);
+                        let at_once = retry_in.is_zero() && reason.contains("the network changed");
+                        prop_assert!(at_once || retry_in >= RECONNECT_MIN / 2, "{}", reason);
                     }
                     _ => {}
                 }

@@ -113,6 +113,8 @@ fn a_session_from_challenge_to_farewell() {
         stun_ports: vec![3478, 3479],
         slot_ttl: SLOT_TTL,
         max_slots: 1024,
+        relay: true,
+        stun_alt: Vec::new(),
     });
     assert_eq!(drain(&mut server, 1, at(0)), [welcome]);
 
@@ -195,8 +197,81 @@ fn nothing_of_another_cluster_is_told() {
 }
 
 #[test]
+fn a_datagram_goes_to_its_node_beside_the_control_messages() {
+    let mut server = new_server(|_| {});
+    join(&mut server, 1, 1, 1, at(0));
+    join(&mut server, 2, 1, 2, at(0));
+    assert_eq!(say(&mut server, 1, &ClientMessage::relay(&node(2), b"sealed"), at(0)), [], "no answer");
+    assert_eq!(events(&mut server), [ServerEvent::Wake(ConnId(2))]);
+    assert_eq!(drain(&mut server, 2, at(0)), [], "a lane of its own");
+    let expected = ServerMessage::relayed(&node(1), b"sealed");
+    assert_eq!((server.poll_relay(ConnId(2)), server.poll_relay(ConnId(2))), (Some(expected), None));
+    assert_eq!((server.stats().relay.datagrams, server.stats().relay.bytes), (1, 6));
+
+    // Whoever has left is not reached, and the session that relays to him stays.
+    server.handle_disconnected(ConnId(2), at(1));
+    events(&mut server);
+    let relay = ClientMessage::relay(&node(2), b"sealed");
+    assert_eq!(say(&mut server, 1, &relay, at(1)), [ServerMessage::NoPeer(node(2))]);
+    assert_eq!(say(&mut server, 1, &relay, at(1)), [], "told once a second");
+    assert_eq!(server.poll_relay(ConnId(2)), None);
+}
+
+#[test]
+fn what_a_session_relays_keeps_it_alive_and_its_end_ends_the_relay() {
+    let mut server = new_server(|_| {});
+    join(&mut server, 1, 1, 1, at(0));
+    join(&mut server, 2, 1, 2, at(0));
+    server.handle_message(ConnId(2), &ClientMessage::Ping(1).encode(), at(10));
+    server.handle_message(ConnId(1), &ClientMessage::relay(&node(2), b"sealed"), at(10));
+    server.handle_timeout(at(0) + SESSION_IDLE);
+    assert_eq!(server.stats().connections, 2);
+    // Closed by the machine, its carrier still there: nothing is forwarded to it any more.
+    server.handle_message(ConnId(2), &Bytes::new(), at(16));
+    assert_eq!(server.poll_relay(ConnId(2)), None);
+    events(&mut server);
+    drain(&mut server, 1, at(16));
+    let told = say(&mut server, 1, &ClientMessage::relay(&node(2), b"sealed"), at(16));
+    assert_eq!(told, [ServerMessage::NoPeer(node(2))]);
+}
+
+#[test]
+fn a_relay_budget_that_is_met_is_told_by_name_and_costs_no_session() {
+    let limits = RelayLimits { client_bytes: 1000, namespace_bytes: 1 << 30 };
+    let mut server = new_server(|config| config.relay = Some(limits));
+    join(&mut server, 1, 1, 1, at(0));
+    join(&mut server, 2, 1, 2, at(0));
+    let relay = ClientMessage::relay(&node(2), &[1; 1400]);
+    // The client does not read: what it is told does not pile up.
+    for second in 0..30 {
+        for _ in 0..100 {
+            server.handle_message(ConnId(1), &relay, at(second));
+        }
+    }
+    let told = drain(&mut server, 1, at(30));
+    assert_eq!(told.len(), MAX_QUEUED_REPLIES / 2);
+    for message in &told {
+        assert_eq!(code_and_limit(std::slice::from_ref(message)), (ErrorCode::RateLimited, reason::RELAY_CLIENT_BYTES));
+    }
+    assert_eq!(say(&mut server, 1, &ClientMessage::Ping(1).encode(), at(30)), [ServerMessage::Pong(1)]);
+    assert!(server.stats().relay.dropped[reason::RELAY_CLIENT_BYTES] > 2900);
+}
+
+#[test]
+fn a_server_without_relay_says_so() {
+    let mut server = new_server(|config| config.relay = None);
+    connect(&mut server, 1, remote(1), at(0));
+    let told = say(&mut server, 1, &hello(1, 1), at(0));
+    assert!(matches!(told.as_slice(), [ServerMessage::Welcome(Welcome { relay: false, .. })]), "{told:?}");
+    join(&mut server, 2, 1, 2, at(0));
+    let told = say(&mut server, 1, &ClientMessage::relay(&node(2), b"sealed"), at(0));
+    assert_eq!((told, server.poll_relay(ConnId(2))), (vec![ServerMessage::NoPeer(node(2))], None));
+}
+
+#[test]
 fn only_hello_comes_first_and_only_once() {
-    let first = [put(1, 1), watch(), ClientMessage::Ping(1).encode(), Bytes::from_static(&[0x7f])];
+    let relay = ClientMessage::relay(&node(2), b"sealed");
+    let first = [put(1, 1), watch(), ClientMessage::Ping(1).encode(), relay, Bytes::from_static(&[0x7f])];
     for message in first {
         let mut server = new_server(|_| {});
         connect(&mut server, 1, remote(1), at(0));

@@ -50,6 +50,8 @@ impl Agent {
                 facts.refused = None;
                 self.publisher.handle_stored(server, seq);
             }
+            // Nothing of this agent uses a relay yet.
+            ClientEvent::Relayed { .. } | ClientEvent::NoPeer(_) => {}
             ClientEvent::Refused(error) => {
                 tracing::warn!(server = %name, %error, "the discovery server refused a request");
                 facts.refused = Some(error);

@@ -6,8 +6,8 @@ use mesh_common::id::{Namespace, NodeId};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BindingMode, Cursor, DecodeError, ErrorCode, Hello, MAX_LIMIT_NAME, MAX_SERVER_NAME, MAX_STUN_PORTS, SessionError,
-    Welcome,
+    BindingMode, Cursor, DecodeError, ErrorCode, Hello, MAX_LIMIT_NAME, MAX_SERVER_NAME, MAX_STUN_ALT, MAX_STUN_PORTS,
+    SessionError, Welcome,
 };
 use crate::wire::address::WireAddr;
 use crate::wire::codec::{Bytes64, List};
@@ -110,6 +110,8 @@ pub(super) struct WireWelcome {
     stun_ports: List<u16, MAX_STUN_PORTS>,
     slot_ttl_ms: u32,
     max_slots: u32,
+    relay: bool,
+    stun_alt: List<WireAddr, MAX_STUN_ALT>,
 }
 
 impl From<&Welcome> for WireWelcome {
@@ -120,6 +122,8 @@ impl From<&Welcome> for WireWelcome {
             stun_ports: List(welcome.stun_ports.iter().copied().take(MAX_STUN_PORTS).collect()),
             slot_ttl_ms: millis(welcome.slot_ttl),
             max_slots: welcome.max_slots,
+            relay: welcome.relay,
+            stun_alt: List(welcome.stun_alt.iter().copied().take(MAX_STUN_ALT).map(WireAddr).collect()),
         }
     }
 }
@@ -132,6 +136,8 @@ impl From<WireWelcome> for Welcome {
             stun_ports: wire.stun_ports.0,
             slot_ttl: from_millis(wire.slot_ttl_ms),
             max_slots: wire.max_slots,
+            relay: wire.relay,
+            stun_alt: wire.stun_alt.0.into_iter().map(|WireAddr(addr)| addr).collect(),
         }
     }
 }

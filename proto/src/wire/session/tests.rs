@@ -84,6 +84,10 @@ fn time() -> impl Strategy<Value = Duration> {
     any::<u32>().prop_map(from_millis)
 }
 
+fn datagram() -> impl Strategy<Value = (NodeId, Bytes)> {
+    (any::<[u8; 32]>().prop_map(NodeId), vec(any::<u8>(), 1..600).prop_map(Bytes::from))
+}
+
 fn client_message() -> impl Strategy<Value = ClientMessage> {
     let hello = (any::<[u8; 16]>(), any::<u8>(), text(MAX_SERVER_NAME), any::<bool>(), any::<[u8; 32]>());
     prop_oneof![
@@ -103,15 +107,25 @@ fn client_message() -> impl Strategy<Value = ClientMessage> {
         blob().prop_map(ClientMessage::Put),
         proptest::option::of(cursor()).prop_map(ClientMessage::Watch),
         any::<u64>().prop_map(ClientMessage::Ping),
+        datagram().prop_map(|(to, payload)| ClientMessage::Relay { to, payload }),
     ]
 }
 
 fn server_message() -> impl Strategy<Value = ServerMessage> {
-    let welcome = (any::<(u64, u32)>(), addr(), vec(any::<u16>(), 0..=MAX_STUN_PORTS), time());
+    let stun = (vec(any::<u16>(), 0..=MAX_STUN_PORTS), vec(addr(), 0..=MAX_STUN_ALT));
+    let welcome = (any::<(u64, u32, bool)>(), addr(), stun, time());
     prop_oneof![
         any::<[u8; 32]>().prop_map(ServerMessage::Challenge),
-        welcome.prop_map(|((server_instance, max_slots), observed, stun_ports, slot_ttl)| {
-            ServerMessage::Welcome(Welcome { server_instance, observed, stun_ports, slot_ttl, max_slots })
+        welcome.prop_map(|((server_instance, max_slots, relay), observed, (stun_ports, stun_alt), slot_ttl)| {
+            ServerMessage::Welcome(Welcome {
+                server_instance,
+                observed,
+                stun_ports,
+                slot_ttl,
+                max_slots,
+                relay,
+                stun_alt,
+            })
         }),
         any::<u64>().prop_map(|seq| ServerMessage::Stored { seq }),
         Just(ServerMessage::Restart),
@@ -123,6 +137,8 @@ fn server_message() -> impl Strategy<Value = ServerMessage> {
         (1u8..=9, text(MAX_LIMIT_NAME), time()).prop_map(|(code, limit, retry_after)| {
             ServerMessage::Error(SessionError { code: body::error_code(code).unwrap(), limit, retry_after })
         }),
+        datagram().prop_map(|(from, payload)| ServerMessage::Relayed { from, payload }),
+        any::<[u8; 32]>().prop_map(|node| ServerMessage::NoPeer(NodeId(node))),
     ]
 }
 
@@ -144,7 +160,7 @@ proptest! {
         let bytes = message.encode();
         let cut = at.index(bytes.len());
         if let Ok(other) = ServerMessage::decode(&bytes[..cut]) {
-            prop_assert!(matches!(other, ServerMessage::Frame(_)), "{:?}", other);
+            prop_assert!(matches!(other, ServerMessage::Frame(_) | ServerMessage::Relayed { .. }), "{:?}", other);
         }
         let mut changed = bytes.to_vec();
         changed[cut] ^= flip;
@@ -181,6 +197,24 @@ fn the_two_directions_share_no_type() {
     assert_eq!(ClientMessage::decode(&ServerMessage::Pong(1).encode()), Err(DecodeError::UnknownType(0x88)));
     assert_eq!(ClientMessage::decode(&[]), Err(DecodeError::Malformed));
     assert_eq!(ClientMessage::decode(&[0]), Err(DecodeError::UnknownType(0)));
+}
+
+#[test]
+fn a_datagram_to_relay_has_a_node_and_some_bytes_and_not_too_many() {
+    let relay = |len: usize| ClientMessage::decode(&[vec![RELAY], vec![7; 32 + len]].concat());
+    let relayed = |len: usize| ServerMessage::decode(&[vec![RELAYED], vec![7; 32 + len]].concat());
+    for len in [1, 1452, MAX_RELAY_PAYLOAD] {
+        let payload = Bytes::from(vec![7; len]);
+        assert_eq!(relay(len), Ok(ClientMessage::Relay { to: NodeId([7; 32]), payload: payload.clone() }));
+        assert_eq!(relayed(len), Ok(ServerMessage::Relayed { from: NodeId([7; 32]), payload }));
+    }
+    for len in [0, MAX_RELAY_PAYLOAD + 1, MAX_MESSAGE - 33] {
+        assert_eq!(relay(len), Err(DecodeError::Malformed), "{len}");
+        assert_eq!(relayed(len), Err(DecodeError::Malformed), "{len}");
+    }
+    assert_eq!(ClientMessage::decode(&[RELAY; 32]), Err(DecodeError::Malformed), "no whole node");
+    assert_eq!(ServerMessage::decode(&[RELAYED; 32]), Err(DecodeError::Malformed), "no whole node");
+    const { assert!(MAX_RELAY_PAYLOAD >= wire::frame::MAX_FRAME, "a record can be relayed") };
 }
 
 #[test]
