@@ -9,7 +9,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mesh_common::config::HostPort;
 use mesh_common::id::Namespace;
-use mesh_common::limits::{MAX_CONNECTIONS, MAX_STORED_BYTES, SLOT_TTL};
+use mesh_common::limits::{MAX_CONNECTIONS, MAX_STORED_BYTES, RELAY_CLIENT_BYTES, RELAY_NAMESPACE_BYTES, SLOT_TTL};
+use mesh_proto::relay::switch::RelayLimits;
 
 use crate::socket::any;
 use crate::tls::KeySource;
@@ -17,6 +18,8 @@ use crate::tls::KeySource;
 /// First STUN port unless said otherwise; the second is the next one.
 pub(crate) const STUN_PORT: u16 = 3478;
 const DEFAULT_STATE_DIR: &str = "/var/lib/meshspan-discovery";
+/// 1 TB a second: no limit.
+const RELAY_MAX_BYTES: u64 = 1_000_000_000_000;
 const TTL_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
 
 /// Rendezvous for Meshspan agents. It stores sealed records that it cannot read, in memory only, and needs no configuration.
@@ -82,6 +85,15 @@ pub(crate) struct ServeArgs {
     /// Memory for records, in MiB; what is stored stays, new nodes are refused
     #[arg(long, value_name = "MIB", default_value_t = (MAX_STORED_BYTES >> 20) as u64, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
     max_memory: u64,
+    /// Whether to relay between the nodes of a cluster that cannot reach each other directly
+    #[arg(long, value_name = "on|off", value_enum, default_value_t = Relay::On)]
+    relay: Relay,
+    /// Relayed bytes a second that one node may send
+    #[arg(long, value_name = "N", default_value_t = RELAY_CLIENT_BYTES, value_parser = clap::value_parser!(u64).range(1..=RELAY_MAX_BYTES))]
+    relay_client_bytes: u64,
+    /// Relayed bytes a second of one cluster
+    #[arg(long, value_name = "N", default_value_t = RELAY_NAMESPACE_BYTES, value_parser = clap::value_parser!(u64).range(1..=RELAY_MAX_BYTES))]
+    relay_namespace_bytes: u64,
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
 }
@@ -90,6 +102,12 @@ pub(crate) struct ServeArgs {
 pub(crate) enum Stun {
     Off,
     At(SocketAddr),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Relay {
+    On,
+    Off,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -118,6 +136,12 @@ impl ServeArgs {
 
     pub(crate) fn ttl(&self) -> Duration {
         self.ttl.unwrap_or(SLOT_TTL)
+    }
+
+    /// `None` = no relay.
+    pub(crate) fn relay(&self) -> Option<RelayLimits> {
+        let limits = RelayLimits { client_bytes: self.relay_client_bytes, namespace_bytes: self.relay_namespace_bytes };
+        (self.relay == Relay::On).then_some(limits)
     }
 
     pub(crate) fn max_stored_bytes(&self) -> usize {
@@ -204,6 +228,9 @@ mod tests {
             ("--own-name", "a.example:443", "disc.example"),
             ("--max-connections", "0", "1..="),
             ("--max-memory", "0", "1..="),
+            ("--relay", "yes", "off"),
+            ("--relay-client-bytes", "0", "1..="),
+            ("--relay-namespace-bytes", "4M", "invalid digit"),
             ("--advertise", "a.example", "host:port"),
             ("--advertise", "2001:db8::1:7443", "brackets"),
             ("--advertise", "a.example:0", "host:port"),
@@ -236,6 +263,8 @@ mod tests {
             "[2001:db8::1]:443",
             "--state-dir",
             "/tmp/x",
+            "--relay-client-bytes",
+            "1000",
         ])
         .unwrap();
         assert_eq!(cli.identity.listen, Some("[::]:7443".parse().unwrap()));
@@ -244,7 +273,11 @@ mod tests {
         assert_eq!(cli.serve.stun, Some(Stun::At("127.0.0.1:0".parse().unwrap())));
         assert_eq!(cli.serve.ttl(), Duration::from_secs(120));
         assert_eq!(cli.serve.own_names(), BTreeSet::from(["disc.example".to_owned()]));
-        assert_eq!(Cli::try_parse_from(["discovery-server"]).unwrap().serve.ttl(), SLOT_TTL);
+        assert_eq!(cli.serve.relay(), Some(RelayLimits { client_bytes: 1000, ..RelayLimits::default() }));
+        let plain = Cli::try_parse_from(["discovery-server"]).unwrap().serve;
+        assert_eq!((plain.ttl(), plain.relay()), (SLOT_TTL, Some(RelayLimits::default())));
+        let without = Cli::try_parse_from(["discovery-server", "--relay", "off"]).unwrap().serve;
+        assert_eq!(without.relay(), None);
     }
 
     #[test]

@@ -1,16 +1,15 @@
 //! One session over one carrier, whichever it is: messages in, messages out, an orderly end.
 //!
 //! The machine is asked for the next message only when the carrier has taken the last one, so a slow reader costs no
-//! memory; a carrier that cannot even take the goodbye is dropped after [`GOODBYE`].
+//! memory; a carrier that cannot even take the goodbye is dropped after [`GOODBYE`]. Relayed datagrams wait in the machine too,
+//! and where they share the carrier's one stream no control message waits for more than the one that is being written.
 
 use std::future::Future;
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::hub::Hub;
+use crate::hub::Session;
 
 /// How long a closing carrier may take to deliver what is queued.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
@@ -34,15 +33,17 @@ pub(crate) trait Inbound: Send {
     fn next(&mut self) -> impl Future<Output = Option<Bytes>> + Send;
 }
 
+/// Which way relayed datagrams leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RelayLane {
+    /// Behind the control messages of the same carrier.
+    Shared,
+    /// Another one, which the caller drives.
+    Own,
+}
+
 /// Serves one session until either side ends it.
-pub(crate) async fn serve(
-    hub: Arc<Hub>,
-    remote: SocketAddr,
-    exporter: [u8; 32],
-    mut outbound: impl Outbound,
-    mut inbound: impl Inbound,
-) {
-    let session = hub.connect(remote, exporter);
+pub(crate) async fn serve(session: &Session, relay: RelayLane, mut outbound: impl Outbound, mut inbound: impl Inbound) {
     let reading = async {
         while let Some(message) = inbound.next().await {
             // An empty message only opens the stream (QUIC shows a stream to its acceptor with its first byte).
@@ -64,7 +65,18 @@ pub(crate) async fn serve(
             if session.closing() {
                 return Ok::<(), Broken>(());
             }
-            session.woken().await;
+            if relay == RelayLane::Own {
+                session.woken().await;
+            } else if let Some(datagram) = session.next_relayed() {
+                // Flushed one by one: what waits, waits where the oldest can be dropped.
+                outbound.send(datagram).await?;
+                outbound.flush().await?;
+            } else {
+                tokio::select! {
+                    () = session.woken() => {}
+                    () = session.relay_woken() => {}
+                }
+            }
         }
     };
     let overdue = async {

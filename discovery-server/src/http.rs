@@ -23,6 +23,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_common::limits::{HELLO_TIMEOUT, MAX_MESSAGE};
 use mesh_proto::wire::session::{ALPN, EXPORTER_LABEL, WEBSOCKET_PATH};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -32,7 +33,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tracing::{debug, warn};
 
-use crate::connection::{self, Broken, Inbound, Outbound};
+use crate::connection::{self, Broken, Inbound, Outbound, RelayLane};
 use crate::gate::Gate;
 use crate::hub::Hub;
 use crate::metrics::Health;
@@ -46,6 +47,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const READ_BUFFER: usize = 4 * 1024;
 const WRITE_BUFFER: usize = 16 * 1024;
+/// What the kernel takes beyond what is in flight.
+const UNSENT: u32 = 32 * 1024;
 
 const NOT_A_PAGE: &str =
     "This is a Meshspan discovery server. Agents talk to it by themselves; there is nothing to see here.\n";
@@ -116,8 +119,10 @@ where
         };
         failing = false;
         let Some(pass) = gate.enter(remote.ip()) else { continue };
-        // Without it small messages wait for acknowledgements; a socket that refuses it works all the same.
+        // Without it small messages wait for acknowledgements, and without the other whatever the kernel takes on a slow line
+        // waits before them; a socket that refuses works all the same.
         let _ = stream.set_nodelay(true);
+        let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
         let serving = serve(stream, remote);
         tokio::spawn(async move {
             serving.await;
@@ -196,7 +201,8 @@ async fn serve_websocket(upgrade: OnUpgrade, hub: Arc<Hub>, remote: SocketAddr, 
         .max_frame_size(Some(MAX_MESSAGE));
     let (sink, stream) =
         WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await.split();
-    connection::serve(hub, remote, exporter, WebSocketOut { sink }, WebSocketIn { stream }).await;
+    let session = hub.connect(remote, exporter);
+    connection::serve(&session, RelayLane::Shared, WebSocketOut { sink }, WebSocketIn { stream }).await;
 }
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;

@@ -32,7 +32,9 @@ struct Inner {
 
 #[derive(Default)]
 struct Signal {
+    /// For each lane one: who drives it need not be the same.
     wake: Notify,
+    wake_relay: Notify,
     close: Notify,
     closing: AtomicBool,
 }
@@ -135,6 +137,7 @@ impl Inner {
             ServerEvent::Wake(conn) => {
                 if let Some(signal) = self.signals.get(&conn) {
                     signal.wake.notify_one();
+                    signal.wake_relay.notify_one();
                 }
             }
             ServerEvent::Close(conn) => {
@@ -165,6 +168,16 @@ impl Session {
     /// The next message to the client; `None` until [`Session::woken`].
     pub(crate) fn next(&self) -> Option<Bytes> {
         self.hub.with(|inner, now| inner.server.poll_transmit(self.id, now))
+    }
+
+    /// The next relayed datagram for the client; `None` until [`Session::relay_woken`].
+    pub(crate) fn next_relayed(&self) -> Option<Bytes> {
+        self.hub.with(|inner, _| inner.server.poll_relay(self.id))
+    }
+
+    /// Returns when there may be a relayed datagram to send.
+    pub(crate) async fn relay_woken(&self) {
+        self.signal.wake_relay.notified().await;
     }
 
     /// Returns when there may be something to send, or to close.

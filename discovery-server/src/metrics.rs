@@ -57,6 +57,10 @@ impl Health {
         page.counter("hellos_accepted", "Proofs of membership that held.", stats.hellos_accepted);
         page.counter("puts_accepted", "Records stored.", stats.puts_accepted);
         page.counter("frames_sent", "Records sent to watchers.", stats.frames_sent);
+        page.counter("relayed_datagrams", "Datagrams handed to the node they were for.", stats.relay.datagrams);
+        page.counter("relayed_bytes", "Their bytes.", stats.relay.bytes);
+        let dropped = stats.relay.dropped.iter().map(|(reason, count)| (*reason, *count)).collect();
+        page.counters("relay_dropped", "Datagrams that were not relayed, by reason.", "reason", dropped);
         let refusals = stats.refused.iter().map(|(reason, count)| (*reason, *count)).collect();
         page.counters("refused", "Requests refused or dropped, by reason.", "reason", refusals);
         page.counter("handshakes_turned_away", "Connections refused before their handshake.", self.gate.turned_away());

@@ -1,6 +1,6 @@
-//! The QUIC carrier: one bidirectional stream per connection, opened by the agent.
+//! The QUIC carrier: one bidirectional stream per connection, opened by the agent, and datagrams for what is relayed.
 //!
-//! Refuses 0-RTT, resumption, other streams and datagrams. When many handshakes are in flight, clients prove their address
+//! Refuses 0-RTT, resumption and other streams, but one in each direction for what is relayed and fits no datagram. When many handshakes are in flight, clients prove their address
 //! by a Retry before any state is kept for them.
 
 use std::net::UdpSocket;
@@ -20,14 +20,21 @@ use ring::hmac;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::connection::{self, Broken, Inbound, Outbound};
+use self::relay::Turns;
+use crate::connection::{self, Broken, Inbound, Outbound, RelayLane};
 use crate::gate::{Gate, Pass};
 use crate::hub::Hub;
+
+mod relay;
 
 /// Bytes in flight from one client: a burst of its own messages, and nothing more to say.
 const RECEIVE_WINDOW: u32 = 64 * 1024;
 /// Bytes in flight to one client.
 const SEND_WINDOW: u64 = 256 * 1024;
+/// Datagrams that were received and wait for this task, in bytes.
+const RECEIVED_DATAGRAMS: usize = 256 * 1024;
+/// Datagrams handed to QUIC that wait for the congestion window: a batch for one system call.
+const UNSENT_DATAGRAMS: usize = 16 * 1024;
 /// Packets of connections that wait for `accept`, in bytes.
 const INCOMING_BUFFER: u64 = 16 * 1024;
 const MAX_INCOMING: usize = 1024;
@@ -89,9 +96,15 @@ async fn serve(incoming: Incoming, pass: Pass, hub: Arc<Hub>) {
     if connection.export_keying_material(&mut exporter, EXPORTER_LABEL, &[]).is_err() {
         return debug!("a QUIC connection gave no exporter");
     }
-    let outbound = QuicOut { send };
+    let session = hub.connect(connection.remote_address(), exporter);
+    let turns = Turns::default();
+    let outbound = QuicOut { send, turns: &turns };
     let inbound = QuicIn { receive, deframer: Deframer::default() };
-    connection::serve(hub, connection.remote_address(), exporter, outbound, inbound).await;
+    tokio::select! {
+        () = connection::serve(&session, RelayLane::Own, outbound, inbound) => {}
+        () = relay::send(&session, &connection, &turns) => {}
+        () = relay::receive(&session, &connection) => {}
+    }
     connection.close(VarInt::from_u32(0), b"");
 }
 
@@ -99,11 +112,12 @@ fn transport() -> anyhow::Result<TransportConfig> {
     let mut transport = TransportConfig::default();
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .max_concurrent_uni_streams(VarInt::from_u32(1))
         .stream_receive_window(VarInt::from_u32(RECEIVE_WINDOW))
         .receive_window(VarInt::from_u32(RECEIVE_WINDOW))
         .send_window(SEND_WINDOW)
-        .datagram_receive_buffer_size(None)
+        .datagram_receive_buffer_size(Some(RECEIVED_DATAGRAMS))
+        .datagram_send_buffer_size(UNSENT_DATAGRAMS)
         .keep_alive_interval(Some(SESSION_KEEPALIVE))
         .max_idle_timeout(Some(idle(SESSION_IDLE)?));
     Ok(transport)
@@ -136,12 +150,14 @@ impl ConnectionIdGenerator for RandomIds {
     }
 }
 
-struct QuicOut {
+struct QuicOut<'a> {
     send: SendStream,
+    turns: &'a Turns,
 }
 
-impl Outbound for QuicOut {
+impl Outbound for QuicOut<'_> {
     async fn send(&mut self, message: Bytes) -> Result<(), Broken> {
+        self.turns.control_wrote();
         self.send.write_chunk(enframe(&message)).await.map_err(|_| Broken)
     }
 

@@ -105,6 +105,7 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
         http = %health_address.map_or_else(|| "off".to_owned(), |address| address.to_string()),
         pin,
         access = if open { "open" } else { "closed" },
+        relay = if args.relay().is_some() { "on" } else { "off" },
         version = env!("CARGO_PKG_VERSION"),
         "started"
     );
@@ -145,7 +146,7 @@ fn machine(args: &ServeArgs, stun_ports: Vec<u16>) -> anyhow::Result<Server> {
         only_namespaces: args.only_namespaces(),
         stun_ports,
         stun_alt: Vec::new(),
-        relay: None,
+        relay: args.relay(),
         own_names: args.own_names(),
         max_connections: args.max_connections(),
         max_namespaces: MAX_NAMESPACES,
