@@ -88,7 +88,11 @@ async fn answer_on(port: &Port, other: &Port, budget: &Budget, counters: &StunCo
                     count(&counters.malformed);
                     continue;
                 };
-                let via = if answer.from_other_port { other } else { port };
+                if answer.from.address {
+                    count(&counters.malformed);
+                    continue;
+                }
+                let via = if answer.from.port { other } else { port };
                 if via.send(&answer.bytes, meta) {
                     count(&counters.answered);
                 }

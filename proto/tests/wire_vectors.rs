@@ -153,11 +153,12 @@ fn a_stream_of_messages_has_these_bytes() {
 fn stun_messages_have_these_bytes() {
     let vectors = parse(include_str!("vectors/stun.json"));
     for vector in list(&vectors["exchanges"]) {
-        let (transaction, change_port) = (array(&vector["transaction"]), vector["change_port"].as_bool().unwrap());
-        let source = addr(&vector["source"]);
-        assert_eq!(hex(&stun::binding_request(&transaction, change_port)), text(&vector["request"]));
+        let (transaction, source) = (array(&vector["transaction"]), addr(&vector["source"]));
+        let flag = |name: &str| vector[name].as_bool().unwrap();
+        let from = stun::Change { address: flag("change_address"), port: flag("change_port") };
+        assert_eq!(hex(&stun::binding_request(&transaction, from)), text(&vector["request"]));
         let answer = stun::answer(&bytes(&vector["request"]), source).unwrap();
-        assert_eq!((hex(&answer.bytes).as_str(), answer.from_other_port), (text(&vector["response"]), change_port));
+        assert_eq!((hex(&answer.bytes).as_str(), answer.from), (text(&vector["response"]), from));
         let response = stun::parse_response(&bytes(&vector["response"])).unwrap();
         assert_eq!((response.transaction, response.mapped), (transaction, source));
     }
@@ -320,6 +321,7 @@ fn nat_class(value: &Value) -> NatClass {
             Mapping::EndpointIndependent,
             Mapping::AddressDependent,
             Mapping::AddressAndPortDependent,
+            Mapping::PortIndependent,
         ][usize::try_from(number(&value[0])).unwrap()],
         filtering: [
             Filtering::Unknown,

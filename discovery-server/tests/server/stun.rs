@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
-use mesh_proto::wire::stun::{binding_request, parse_response};
+use mesh_proto::wire::stun::{Change, binding_request, parse_response};
 
 use super::support::{PATIENCE, Running};
 
@@ -23,7 +23,7 @@ fn both_ports_tell_the_clients_address_and_answer_for_each_other() {
     for (asked, other) in [(first, second), (second, first)] {
         for change_port in [false, true] {
             transaction[0] += 1;
-            let request = binding_request(&transaction, change_port);
+            let request = binding_request(&transaction, Change { port: change_port, ..Change::NONE });
             client.send_to(&request, ("127.0.0.1", asked)).unwrap();
             let mut answer = [0; 1500];
             let (len, from) = client.recv_from(&mut answer).unwrap();
@@ -45,7 +45,7 @@ fn garbage_and_requests_too_short_for_their_answer_get_none() {
         client.send_to(datagram, ("127.0.0.1", server.stun[0])).unwrap();
     }
     // The first answer is the one to the first good request, sent last.
-    let request = binding_request(&[6; 12], false);
+    let request = binding_request(&[6; 12], Change::NONE);
     client.send_to(&request, ("127.0.0.1", server.stun[0])).unwrap();
     let mut answer = [0; 1500];
     let (len, _) = client.recv_from(&mut answer).unwrap();

@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn the_others_are_known_and_the_rest_is_unknown() {
         assert_eq!(classify(&[PROBE]), Datagram::Probe);
-        assert_eq!(classify(&stun::binding_request(&[7; 12], false)), Datagram::Stun);
+        assert_eq!(classify(&stun::binding_request(&[7; 12], stun::Change::NONE)), Datagram::Stun);
         for datagram in [&[][..], &[0], &[4, 0, 0], b"GET / HTTP/1.1\r\n\r\n", &[0xc0; 1200], &[0; 1200]] {
             assert_eq!(classify(datagram), Datagram::Unknown);
         }

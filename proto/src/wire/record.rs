@@ -243,6 +243,7 @@ pub(super) fn nat_bytes(class: NatClass) -> [u8; 2] {
         Mapping::EndpointIndependent => 1,
         Mapping::AddressDependent => 2,
         Mapping::AddressAndPortDependent => 3,
+        Mapping::PortIndependent => 4,
     };
     let filtering = match class.filtering {
         Filtering::Unknown => 0,
@@ -259,6 +260,7 @@ pub(super) fn nat_class([mapping, filtering]: [u8; 2]) -> Option<NatClass> {
         1 => Mapping::EndpointIndependent,
         2 => Mapping::AddressDependent,
         3 => Mapping::AddressAndPortDependent,
+        4 => Mapping::PortIndependent,
         _ => return None,
     };
     let filtering = match filtering {

@@ -1,4 +1,5 @@
-//! STUN binding (RFC 8489) for both sides, with RFC 5780's request to be answered from the other port. Pure functions.
+//! STUN binding (RFC 8489) for both sides, with RFC 5780's request to be answered from another port or address. Pure
+//! functions.
 //!
 //! Refuses everything else of STUN: no authentication, no other methods, no other transports. A server's answer is never
 //! longer than its request, so it is worth nothing to an attacker who forges his victim's address: our requests bring
@@ -31,12 +32,35 @@ const FAMILY_V6: u8 = 2;
 /// server knows or ignores, where PADDING would be an error to servers without RFC 5780.
 const SOFTWARE_VALUE: &[u8; 24] = b"meshspan                ";
 
+/// From where a client wants its answer (CHANGE-REQUEST): as asked, from the server's other port, its other address, or both.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Change {
+    pub address: bool,
+    pub port: bool,
+}
+
+impl Change {
+    /// The answer comes from where the request went.
+    pub const NONE: Self = Self { address: false, port: false };
+    pub const PORT: Self = Self { address: false, port: true };
+    pub const ADDRESS: Self = Self { address: true, port: false };
+    pub const BOTH: Self = Self { address: true, port: true };
+
+    fn flags(self) -> u32 {
+        CHANGE_PORT * u32::from(self.port) + CHANGE_ADDRESS * u32::from(self.address)
+    }
+
+    fn from_flags(flags: u32) -> Self {
+        Self { address: flags & CHANGE_ADDRESS != 0, port: flags & CHANGE_PORT != 0 }
+    }
+}
+
 /// What a server sends back, and from where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     pub bytes: Vec<u8>,
-    /// Send it from the other one of the server's two ports.
-    pub from_other_port: bool,
+    /// A server without such an address or port gives no answer.
+    pub from: Change,
 }
 
 /// A server's success response.
@@ -66,15 +90,19 @@ pub fn is_stun(datagram: &[u8]) -> bool {
     Message::parse(datagram).is_some()
 }
 
-/// A binding request with room for its answer. `transaction` is random; `change_port` asks for an answer from the
-/// server's other port.
-pub fn binding_request(transaction: &[u8; 12], change_port: bool) -> Vec<u8> {
+/// A binding request with room for its answer. `transaction` is random.
+pub fn binding_request(transaction: &[u8; 12], from: Change) -> Vec<u8> {
     let mut message = start(BINDING_REQUEST, transaction);
-    if change_port {
-        attribute(&mut message, CHANGE_REQUEST, &CHANGE_PORT.to_be_bytes());
+    if from != Change::NONE {
+        attribute(&mut message, CHANGE_REQUEST, &from.flags().to_be_bytes());
     }
     attribute(&mut message, SOFTWARE, SOFTWARE_VALUE);
     finish(message)
+}
+
+/// The transaction of a binding request: our own may come back to us through a NAT that hairpins.
+pub fn request_transaction(datagram: &[u8]) -> Option<[u8; 12]> {
+    Message::parse(datagram).filter(|message| message.kind == BINDING_REQUEST).map(|message| message.transaction)
 }
 
 /// Reads a server's response to a binding request.
@@ -102,19 +130,13 @@ pub fn parse_response(datagram: &[u8]) -> Result<Response, ResponseError> {
 }
 
 /// A server's answer to a datagram from `source`; `None` for what gets none: no binding request, malformed, an attribute
-/// that must be understood and is not, another address asked for (there is one), or too short for its answer.
+/// that must be understood and is not, or too short for its answer.
 pub fn answer(datagram: &[u8], source: SocketAddr) -> Option<Answer> {
     let request = Message::parse(datagram).filter(|message| message.kind == BINDING_REQUEST)?;
-    let mut from_other_port = false;
+    let mut from = Change::NONE;
     for attribute in request.attributes() {
         match attribute? {
-            (CHANGE_REQUEST, value) => {
-                let flags = u32::from_be_bytes(value.try_into().ok()?);
-                if flags & CHANGE_ADDRESS != 0 {
-                    return None;
-                }
-                from_other_port = flags & CHANGE_PORT != 0;
-            }
+            (CHANGE_REQUEST, value) => from = Change::from_flags(u32::from_be_bytes(value.try_into().ok()?)),
             (PADDING, _) | (OPTIONAL.., _) => {}
             _ => return None,
         }
@@ -122,7 +144,7 @@ pub fn answer(datagram: &[u8], source: SocketAddr) -> Option<Answer> {
     let mut message = start(BINDING_SUCCESS, &request.transaction);
     attribute(&mut message, XOR_MAPPED_ADDRESS, &xored(canonical(source), &request.transaction));
     let bytes = finish(message);
-    (bytes.len() <= datagram.len()).then_some(Answer { bytes, from_other_port })
+    (bytes.len() <= datagram.len()).then_some(Answer { bytes, from })
 }
 
 /// A message of sound head; its attributes are read as they are walked.
@@ -235,15 +257,15 @@ mod tests {
     #[test]
     fn a_client_learns_the_address_the_server_saw() {
         for source in ["192.0.2.1:32853", "[2001:db8:1234:5678:11:2233:4455:6677]:32853"] {
-            for change_port in [false, true] {
-                let request = binding_request(&ID, change_port);
+            for from in [Change::NONE, Change::PORT, Change::ADDRESS, Change::BOTH] {
+                let request = binding_request(&ID, from);
                 let answer = answer(&request, addr(source)).unwrap();
                 assert!(answer.bytes.len() <= request.len(), "{source}");
-                assert_eq!(answer.from_other_port, change_port);
+                assert_eq!(answer.from, from);
                 assert_eq!(parse_response(&answer.bytes), Ok(Response { transaction: ID, mapped: addr(source) }));
             }
         }
-        let dual_stack = answer(&binding_request(&ID, false), addr("[::ffff:192.0.2.1]:7")).unwrap();
+        let dual_stack = answer(&binding_request(&ID, Change::NONE), addr("[::ffff:192.0.2.1]:7")).unwrap();
         assert_eq!(parse_response(&dual_stack.bytes).unwrap().mapped, addr("192.0.2.1:7"));
     }
 
@@ -288,7 +310,6 @@ mod tests {
         assert!(with(BINDING_REQUEST, &[]).is_some());
         assert_eq!(with(BINDING_SUCCESS, &[]), None);
         assert_eq!(with(0x0003, &[]), None);
-        assert_eq!(with(BINDING_REQUEST, &[(CHANGE_REQUEST, &CHANGE_ADDRESS.to_be_bytes())]), None);
         assert_eq!(with(BINDING_REQUEST, &[(CHANGE_REQUEST, &[0; 8])]), None);
         // RESPONSE-PORT and USERNAME must be understood, FINGERPRINT need not.
         assert_eq!(with(BINDING_REQUEST, &[(0x0027, &[0; 4])]), None);
@@ -302,13 +323,13 @@ mod tests {
         attribute(&mut error, ERROR_CODE, &[0, 0, 4, 20]);
         assert_eq!(parse_response(&finish(error)), Err(ResponseError::Refused(420)));
         assert_eq!(parse_response(&finish(start(BINDING_SUCCESS, &ID))), Err(ResponseError::NoAddress));
-        assert_eq!(parse_response(&binding_request(&ID, false)), Err(ResponseError::NotAResponse));
+        assert_eq!(parse_response(&binding_request(&ID, Change::NONE)), Err(ResponseError::NotAResponse));
         assert_eq!(parse_response(b"not STUN"), Err(ResponseError::NotAResponse));
     }
 
     #[test]
     fn messages_cut_or_with_attributes_that_do_not_fit_are_refused() {
-        let good = answer(&binding_request(&ID, false), addr("192.0.2.1:1")).unwrap().bytes;
+        let good = answer(&binding_request(&ID, Change::NONE), addr("192.0.2.1:1")).unwrap().bytes;
         for len in 0..good.len() {
             assert!(parse_response(&good[..len]).is_err(), "{len}");
         }

@@ -54,7 +54,7 @@ fn candidate() -> impl Strategy<Value = Candidate> {
 }
 
 fn nat() -> impl Strategy<Value = NatClass> {
-    (0u8..4, 0u8..4).prop_map(|(mapping, filtering)| nat_class([mapping, filtering]).unwrap())
+    (0u8..5, 0u8..4).prop_map(|(mapping, filtering)| nat_class([mapping, filtering]).unwrap())
 }
 
 prop_compose! {
