@@ -19,6 +19,7 @@ pub mod discovery;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod mesh;
+pub mod net;
 pub mod path;
 pub mod random;
 pub mod relay;

@@ -47,7 +47,7 @@ impl Change {
     pub const BOTH: Self = Self { address: true, port: true };
 
     fn flags(self) -> u32 {
-        (CHANGE_PORT * u32::from(self.port)) | (CHANGE_ADDRESS * u32::from(self.address))
+        CHANGE_PORT * u32::from(self.port) + CHANGE_ADDRESS * u32::from(self.address)
     }
 
     fn from_flags(flags: u32) -> Self {

@@ -13,7 +13,7 @@ fn probes_and_stun_messages_come_to_control_whole_with_their_source() {
     let net = MemoryNet::default();
     let mut nodes = [Node::start(&net, 1)];
     let (stranger, to) = (endpoint(77), nodes[0].endpoint);
-    let stun = stun::binding_request(&[7; 12], stun::Change::default());
+    let stun = stun::binding_request(&[7; 12], stun::Change::NONE);
     net.inject(stranger, to, &probe(1));
     net.inject(endpoint(78), to, &stun);
     let mut got = Vec::new();
@@ -43,7 +43,7 @@ fn a_flood_of_probes_and_stun_fills_their_queue_and_nothing_else() {
     let extra = 50;
     for n in 0..CONTROL_QUEUE + extra {
         net.inject(stranger, to, &probe(n));
-        net.inject(stranger, to, &stun::binding_request(&[7; 12], stun::Change::default()));
+        net.inject(stranger, to, &stun::binding_request(&[7; 12], stun::Change::NONE));
     }
     connect(&mut nodes);
     let there = packet("10.0.0.1", "10.0.0.2", 1, 1000);

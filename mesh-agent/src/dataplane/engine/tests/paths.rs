@@ -140,7 +140,7 @@ fn a_relay_cannot_speak_for_another_peer_and_its_junk_costs_counters_only() {
             b.engine.handle_relayed(&at_a, SERVER, &junk);
         }
     }
-    for junk in [&[][..], &[PROBE; 60], &stun::binding_request(&[7; 12], stun::Change::default()), &data[..20]] {
+    for junk in [&[][..], &[PROBE; 60], &stun::binding_request(&[7; 12], stun::Change::NONE), &data[..20]] {
         b.engine.handle_relayed(&at_a, SERVER, junk);
     }
     let mut changed = data.to_vec();
