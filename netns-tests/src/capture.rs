@@ -2,14 +2,14 @@
 //!
 //! Invariant: a marker is registered before it can be sent ([`Watch::marker`] makes and registers it in one step), and
 //! [`Capture::stop`] drains the socket, so that "never seen" means never on the wire; frames that the kernel had to drop
-//! from the socket are counted, and a verdict with drops is no verdict.
-#![allow(unsafe_code)]
+//! from the socket are counted, and a verdict with drops is no verdict. [`flows`] tells who sent what to whom.
+
+pub mod flows;
 
 use std::{
     collections::BTreeMap,
-    io::{self, ErrorKind, Read},
+    io::{ErrorKind, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::fd::AsRawFd,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
@@ -21,14 +21,12 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use ipnet::IpNet;
 use memchr::memmem;
-use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+use socket2::Socket;
 
-use crate::host::Host;
+use crate::{host::Host, packet};
 
-/// Room for a whole super-packet with its link header.
-const FRAME: usize = 80 * 1024;
-/// Frames wait here while the capture thread does not run; two cores are shared with the whole lab.
-const SOCKET_BUFFER: usize = 64 << 20;
+/// Slice of waiting; the stop sign is looked at in between.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// A byte string that is sent through the mesh and must not be seen on a wire.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,7 +108,13 @@ impl Capture {
     /// Captures both directions of `link`; when this returns, every later frame is seen.
     pub fn start(host: &Host, link: &str, watch: &Watch) -> Result<Self> {
         let name = format!("{}:{link}", host.name());
-        let socket = host.inside(|| open(link)).with_context(|| format!("cannot capture {name}"))?;
+        let socket = host
+            .inside(|| {
+                let socket = packet::open(link, false, true)?;
+                socket.set_read_timeout(Some(LOOK))?;
+                Ok(socket)
+            })
+            .with_context(|| format!("cannot capture {name}"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let counts = Arc::new(Mutex::new(Counts::default()));
         let thread = host.start_inside({
@@ -151,30 +155,8 @@ impl Drop for Capture {
     }
 }
 
-fn open(link: &str) -> Result<Socket> {
-    let index = nix::net::if_::if_nametoindex(link).with_context(|| format!("there is no link {link}"))?;
-    // Protocol 0 receives nothing until bind names the link: no frame of another link gets in.
-    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
-    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &SOCKET_BUFFER)
-        .or_else(|_| nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBuf, &SOCKET_BUFFER))?;
-    socket.set_read_timeout(Some(Duration::from_millis(20)))?;
-    socket.bind(&link_address(index))?;
-    Ok(socket)
-}
-
-fn link_address(index: u32) -> SockAddr {
-    let mut storage = SockAddrStorage::zeroed();
-    // SAFETY: sockaddr_ll is plain data, smaller than the storage, and all zeros is a valid value of it.
-    let address = unsafe { storage.view_as::<libc::sockaddr_ll>() };
-    address.sll_family = libc::AF_PACKET as libc::sa_family_t;
-    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-    address.sll_ifindex = index.cast_signed();
-    // SAFETY: the storage was filled as a sockaddr_ll above, and this is its length.
-    unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) }
-}
-
 fn listen(socket: &Socket, stop: &AtomicBool, counts: &Mutex<Counts>, watch: &Watch) -> Result<()> {
-    let mut frame = vec![0; FRAME];
+    let mut frame = vec![0; packet::FRAME];
     let mut reader = socket;
     let mut draining = false;
     loop {
@@ -189,7 +171,7 @@ fn listen(socket: &Socket, stop: &AtomicBool, counts: &Mutex<Counts>, watch: &Wa
                 counts.lock().unwrap_or_else(PoisonError::into_inner).add(seen);
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                counts.lock().unwrap_or_else(PoisonError::into_inner).missed += missed(socket)?;
+                counts.lock().unwrap_or_else(PoisonError::into_inner).missed += packet::missed(socket)?;
                 if stopping {
                     return Ok(());
                 }
@@ -198,23 +180,6 @@ fn listen(socket: &Socket, stop: &AtomicBool, counts: &Mutex<Counts>, watch: &Wa
             Err(error) => return Err(error).context("cannot read frames"),
         }
     }
-}
-
-/// Frames dropped from the socket since the last call: the kernel resets the counter as it is read.
-fn missed(socket: &Socket) -> io::Result<u64> {
-    let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
-    let mut length = size_of::<libc::tpacket_stats>() as libc::socklen_t;
-    // SAFETY: the pointers are to live values of the type and length that PACKET_STATISTICS writes.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_PACKET,
-            libc::PACKET_STATISTICS,
-            (&raw mut stats).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 { Ok(stats.tp_drops.into()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[derive(Default)]
