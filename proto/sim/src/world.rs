@@ -279,7 +279,8 @@ impl World {
                 let delay = self.pause(1, 15);
                 self.clock.after(delay, Event::Apply { host, run, actions, members });
             }
-            Effect::Send(to, datagram) => self.send_datagram(host, to, datagram),
+            Effect::Send { to, bytes, .. } => self.send_datagram(host, to, bytes),
+            Effect::Relay(server, message) => self.transmit(host, server, message),
             Effect::Deliver(key, _, packet) => {
                 if let Some(packet) = Packet::decode(&packet) {
                     self.deliver(host, &key, packet);
@@ -339,7 +340,7 @@ impl World {
         if host.agent.is_none() || !host.kernel.accepts(&link, from.ip()) {
             return;
         }
-        host.engine.receive(bytes, from.into(), now);
+        host.receive(bytes, from, now);
         self.touch(to);
     }
 
