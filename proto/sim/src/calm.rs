@@ -19,6 +19,7 @@ use mesh_proto::device::UnderlayLink;
 use mesh_proto::discovery::server::{ConnId, ServerEvent};
 use mesh_proto::mesh::agent::View;
 use mesh_proto::mesh::settings::{ServerSettings, Settings};
+use mesh_proto::path::agent::PathPolicy;
 use mesh_proto::wire::session::ClientMessage;
 
 use crate::host::{Effect, Host, HostPlan};
@@ -159,7 +160,7 @@ impl Calm {
                 self.hosts[host].apply(actions, || false, now);
             }
             Effect::Stopped => self.kill(host),
-            Effect::Send(..) | Effect::Deliver(..) | Effect::MembersChanged => {}
+            Effect::Send { .. } | Effect::Relay(..) | Effect::Deliver(..) | Effect::MembersChanged => {}
         }
     }
 
@@ -237,6 +238,7 @@ pub fn plan(number: u8, prefixes: &[IpNet]) -> HostPlan {
         unix_ms: 1_800_000_000_000,
         seed: u64::from(number),
         sabotage: None,
+        path_policy: PathPolicy::default(),
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mesh_common::allowed_ips::AllowedIps;
+use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
 use mesh_common::limits::REKEY_TIMEOUT;
 use mesh_common::time::Instant;
@@ -234,11 +235,26 @@ impl Engine {
     }
 
     pub fn receive(&mut self, datagram: &[u8], source: Endpoint, now: Instant) {
-        let key = match receiver_index(datagram) {
+        if let Some(key) = self.peer_of(datagram) {
+            self.open(key, datagram, source, now);
+        }
+    }
+
+    /// What this server says is from this peer, and is not taken when it is another's.
+    pub fn receive_relayed(&mut self, datagram: &[u8], server: ServerId, peer: &WgPublicKey, now: Instant) {
+        if let Some(key) = self.peer_of(datagram).filter(|key| key == peer) {
+            self.open(key, datagram, Endpoint::Relay(server), now);
+        }
+    }
+
+    fn peer_of(&self, datagram: &[u8]) -> Option<WgPublicKey> {
+        match receiver_index(datagram) {
             Some(index) => self.by_index.get(&(index >> 8)).copied(),
             None => sender_key(datagram),
-        };
-        let Some(key) = key else { return };
+        }
+    }
+
+    fn open(&mut self, key: WgPublicKey, datagram: &[u8], source: Endpoint, now: Instant) {
         let Some(peer) = self.peers.get_mut(&key) else {
             return;
         };

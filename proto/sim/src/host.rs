@@ -17,6 +17,7 @@ use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, Ste
 use mesh_proto::mesh::settings::Settings;
 use mesh_proto::path::agent::PathPolicy;
 use mesh_proto::random::SplitMix64;
+use mesh_proto::wire::demux::{self, Datagram};
 
 use crate::engine::{Engine, Output};
 use crate::kernel::Kernel;
@@ -37,6 +38,8 @@ pub struct HostPlan {
     pub unix_ms: u64,
     pub seed: u64,
     pub sabotage: Option<Sabotage>,
+    /// What of its paths is switched off.
+    pub path_policy: PathPolicy,
 }
 
 /// A broken host, to see the model turn red.
@@ -72,7 +75,14 @@ pub enum Effect {
     Reserved(u64),
     /// Steps to carry out a moment later.
     Apply(Vec<Action>),
-    Send(SocketAddr, Bytes),
+    /// From the WireGuard port, with the host's own TTL unless it says another.
+    Send {
+        to: SocketAddr,
+        bytes: Bytes,
+        ttl: Option<u8>,
+    },
+    /// A message that its carrier may lose like a datagram.
+    Relay(ServerId, Bytes),
     Deliver(WgPublicKey, Endpoint, Vec<u8>),
     MembersChanged,
     /// The agent said farewell and cleaned up: it is to be dropped.
@@ -158,7 +168,7 @@ impl Host {
             keys: self.plan.keys.clone(),
             identity: self.plan.identity.clone(),
             wg: self.plan.wg.clone(),
-            path_policy: PathPolicy::default(),
+            path_policy: self.plan.path_policy,
             instance: instance.try_into().expect("two words are 16 bytes"),
             seed: seed.try_into().expect("four words are 32 bytes"),
             unix_ms: unix_ms(&self.plan, now),
@@ -209,6 +219,15 @@ impl Host {
         }
     }
 
+    /// A datagram at the WireGuard port: a tunnel's is the engine's, all else the agent's.
+    pub fn receive(&mut self, datagram: &[u8], source: SocketAddr, now: Instant) {
+        if let Datagram::WireGuard(_) = demux::classify(datagram) {
+            self.engine.receive(datagram, source.into(), now);
+        } else if let Some(agent) = &mut self.agent {
+            agent.handle_datagram(source, datagram, now);
+        }
+    }
+
     /// Moves what agent and engine have to say into effects, until neither says more.
     pub fn drain(&mut self, now: Instant) -> Vec<Effect> {
         let mut effects = Vec::new();
@@ -220,10 +239,10 @@ impl Host {
             let mut quiet = outputs.is_empty();
             for output in outputs {
                 match output {
-                    Output::Send(_, Endpoint::Direct(to), datagram) => effects.push(Effect::Send(to, datagram)),
+                    Output::Send(_, Endpoint::Direct(to), bytes) => effects.push(Effect::Send { to, bytes, ttl: None }),
                     Output::Send(key, Endpoint::Relay(server), datagram) => {
                         let message = agent.relay(server, &key, &datagram);
-                        effects.extend(message.map(|message| Effect::Transmit(server, message)));
+                        effects.extend(message.map(|message| Effect::Relay(server, message)));
                     }
                     Output::Deliver(key, from, packet) => effects.push(Effect::Deliver(key, from, packet)),
                     Output::Report(key, report) => agent.handle_peer_report(&key, &report, now),
@@ -254,10 +273,10 @@ impl Host {
                     }
                     AgentEvent::SetRoute(key, route) => self.engine.set_route(key, route),
                     AgentEvent::StartHandshake(key) => self.engine.start_handshake(&key, now),
-                    AgentEvent::SendRaw { to, bytes, ttl: _ } => effects.push(Effect::Send(to, bytes)),
-                    AgentEvent::SendRelay { server, message } => effects.push(Effect::Transmit(server, message)),
-                    AgentEvent::Relayed { server, peer: _, datagram } => {
-                        self.engine.receive(&datagram, Endpoint::Relay(server), now);
+                    AgentEvent::SendRaw { to, bytes, ttl } => effects.push(Effect::Send { to, bytes, ttl }),
+                    AgentEvent::SendRelay { server, message } => effects.push(Effect::Relay(server, message)),
+                    AgentEvent::Relayed { server, peer, datagram } => {
+                        self.engine.receive_relayed(&datagram, server, &peer, now);
                     }
                     AgentEvent::Echoed { .. } => {}
                     AgentEvent::Apply(actions) => effects.push(Effect::Apply(actions)),

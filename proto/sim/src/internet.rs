@@ -24,6 +24,16 @@ pub struct RouterId(usize);
 impl NetworkId {
     /// Where public addresses are.
     pub const CORE: Self = Self(0);
+
+    pub fn number(self) -> usize {
+        self.0
+    }
+}
+
+impl RouterId {
+    pub fn number(self) -> usize {
+        self.0
+    }
 }
 
 /// Who has an address in a network.

@@ -4,6 +4,7 @@
 //! seed is a complete description of a run.
 
 pub mod calm;
+pub mod campaign;
 pub mod clock;
 pub mod conformance;
 pub mod engine;
@@ -15,6 +16,7 @@ pub mod model;
 pub mod nat;
 pub mod oracle;
 pub mod packet;
+pub mod paths;
 pub mod scenario;
 pub mod server;
 pub mod tunnel;

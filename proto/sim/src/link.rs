@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use mesh_proto::random::SplitMix64;
 
-/// A machine: a host or a server.
+/// A machine, or the router that stands for those behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     Host(usize),
     Server(usize),
+    Router(usize),
 }
 
 /// Ranges of a run; every pair draws its own values.
@@ -36,11 +37,13 @@ pub struct Links {
     seed: u64,
     random: SplitMix64,
     islands: BTreeMap<u64, BTreeSet<Place>>,
+    /// No datagram passes from the first to the second.
+    blocked: BTreeSet<(Place, Place)>,
 }
 
 impl Links {
     pub fn new(weather: Weather, seed: u64) -> Self {
-        Self { weather, seed, random: SplitMix64::new(seed), islands: BTreeMap::new() }
+        Self { weather, seed, random: SplitMix64::new(seed), islands: BTreeMap::new(), blocked: BTreeSet::new() }
     }
 
     /// Cuts these places off from all others until [`Self::heal`].
@@ -56,9 +59,23 @@ impl Links {
         self.islands.values().any(|island| island.contains(&a) != island.contains(&b))
     }
 
+    /// Datagrams from the first place to the second are lost from now on, or pass again. Streams pass.
+    pub fn block(&mut self, from: Place, to: Place, blocks: bool) {
+        if blocks {
+            self.blocked.insert((from, to));
+        } else {
+            self.blocked.remove(&(from, to));
+        }
+    }
+
+    /// One way time without jitter.
+    pub fn distance(&self, a: Place, b: Place) -> Duration {
+        self.pair(a, b).0
+    }
+
     /// The delays after which copies of one datagram arrive: none, one or two.
     pub fn carry(&mut self, from: Place, to: Place) -> [Option<Duration>; 2] {
-        if self.is_cut(from, to) {
+        if self.is_cut(from, to) || self.blocked.contains(&(from, to)) {
             return [None, None];
         }
         let (distance, loss) = self.pair(from, to);
@@ -86,6 +103,7 @@ impl Links {
         let number = |place| match place {
             Place::Host(index) => index as u64 * 2,
             Place::Server(index) => index as u64 * 2 + 1,
+            Place::Router(index) => (1 << 16) + index as u64,
         };
         let (low, high) = (number(a.min(b)), number(a.max(b)));
         let mut random = SplitMix64::new(self.seed ^ (low << 40) ^ (high << 20));
@@ -136,5 +154,15 @@ mod tests {
         assert_eq!(links.carry(A, B), [None, None]);
         links.heal(1);
         assert!(!links.is_cut(A, B));
+    }
+
+    #[test]
+    fn a_blocked_direction_loses_datagrams_and_the_other_does_not() {
+        let mut links = links();
+        links.block(A, B, true);
+        let mut passes = |from, to| (0..100).any(|_| links.carry(from, to)[0].is_some());
+        assert!(!passes(A, B) && passes(B, A));
+        links.block(A, B, false);
+        assert!((0..100).any(|_| links.carry(A, B)[0].is_some()));
     }
 }

@@ -11,6 +11,7 @@ use mesh_common::key::{ClusterSecret, SignKey, WgSecret};
 use mesh_common::limits::{LINK_MTU, LISTEN_PORT};
 use mesh_proto::device::UnderlayLink;
 use mesh_proto::mesh::settings::{ServerSettings, Settings};
+use mesh_proto::path::agent::PathPolicy;
 use mesh_proto::random::SplitMix64;
 
 use crate::host::{HostPlan, Sabotage};
@@ -224,6 +225,7 @@ fn plan(
         unix_ms: UNIX_MS + random.below(600_000),
         seed: random.next_u64(),
         sabotage: options.sabotage.filter(|_| index == 0),
+        path_policy: PathPolicy::default(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::{BTreeSet, VecDeque};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,6 +19,9 @@ use mesh_proto::wire::session::ServerMessage;
 #[derive(Debug)]
 pub struct Rendezvous {
     pub machine: Option<Server>,
+    /// Ports and other addresses of its STUN service, which the world runs.
+    pub stun_ports: Vec<u16>,
+    pub stun_alt: Vec<SocketAddr>,
     random: SplitMix64,
     /// Set for the server that serves old records.
     rolls_back: Option<BTreeMap<NodeId, Bytes>>,
@@ -25,7 +29,13 @@ pub struct Rendezvous {
 
 impl Rendezvous {
     pub fn new(seed: u64, rolls_back: bool) -> Self {
-        Self { machine: None, random: SplitMix64::new(seed), rolls_back: rolls_back.then(BTreeMap::new) }
+        Self {
+            machine: None,
+            stun_ports: Vec::new(),
+            stun_alt: Vec::new(),
+            random: SplitMix64::new(seed),
+            rolls_back: rolls_back.then(BTreeMap::new),
+        }
     }
 
     /// Starts with an empty store and another instance.
@@ -34,8 +44,8 @@ impl Rendezvous {
             instance: self.random.next_u64(),
             slot_ttl: SLOT_TTL,
             only_namespaces: BTreeSet::new(),
-            stun_ports: Vec::new(),
-            stun_alt: Vec::new(),
+            stun_ports: self.stun_ports.clone(),
+            stun_alt: self.stun_alt.clone(),
             relay: Some(RelayLimits::default()),
             own_names: BTreeSet::new(),
             max_connections: MAX_CONNECTIONS,

@@ -10,7 +10,6 @@ use mesh_common::time::Instant;
 use mesh_proto::device::Action;
 use mesh_proto::discovery::server::{ConnId, ServerEvent};
 use mesh_proto::random::SplitMix64;
-use mesh_proto::wire::demux::{Datagram, classify};
 
 use crate::clock::Clock;
 use crate::host::{Effect, Host};
@@ -280,7 +279,8 @@ impl World {
                 let delay = self.pause(1, 15);
                 self.clock.after(delay, Event::Apply { host, run, actions, members });
             }
-            Effect::Send(to, datagram) => self.send_datagram(host, to, datagram),
+            Effect::Send { to, bytes, .. } => self.send_datagram(host, to, bytes),
+            Effect::Relay(server, message) => self.transmit(host, server, message),
             Effect::Deliver(key, _, packet) => {
                 if let Some(packet) = Packet::decode(&packet) {
                     self.deliver(host, &key, packet);
@@ -340,10 +340,7 @@ impl World {
         if host.agent.is_none() || !host.kernel.accepts(&link, from.ip()) {
             return;
         }
-        match (classify(bytes), &mut host.agent) {
-            (Datagram::Probe | Datagram::Stun, Some(agent)) => agent.handle_datagram(from, bytes, now),
-            _ => host.engine.receive(bytes, from.into(), now),
-        }
+        host.receive(bytes, from, now);
         self.touch(to);
     }
 
