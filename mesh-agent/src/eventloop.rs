@@ -196,7 +196,7 @@ impl<'a> Node<'a> {
                 (server, event) = self.carriers.next() => {
                     let now = clock::now();
                     match event {
-                        CarrierEvent::Connected { exporter, .. } => self.agent.handle_connected(server, exporter, now),
+                        CarrierEvent::Connected { exporter, .. } => self.agent.handle_connected(server, exporter, Vec::new(), now),
                         CarrierEvent::Message(message) => self.agent.handle_message(server, &message, now),
                         CarrierEvent::Closed(reason) => self.agent.handle_disconnected(server, &reason, now),
                     }

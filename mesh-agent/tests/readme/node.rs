@@ -20,6 +20,7 @@ use mesh_proto::discovery::client::ClientState;
 use mesh_proto::mesh::agent::{PeerView, ServerView, View};
 use mesh_proto::mesh::members::{RejectedShape, Rejection};
 use mesh_proto::mesh::peer::Verdict;
+use mesh_proto::net::report::Report;
 use mesh_proto::path::agent::PathState;
 use mesh_proto::sealed::OpenError;
 
@@ -61,6 +62,8 @@ pub(crate) fn status() -> Status {
             state: ClientState::Waiting { until: now },
             detail: Some("the reason, as below".to_owned()),
         }],
+        net: Report::default(),
+        stun_rejected: 0,
         peers: vec![peer],
         failed_steps: BTreeMap::new(),
         rp_filter_denied: vec!["eth0".to_owned()],

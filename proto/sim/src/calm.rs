@@ -186,7 +186,7 @@ impl Calm {
         let Some(server) = &mut self.server.machine else { return };
         server.handle_connected(conn, remote, exporter, now);
         self.carriers.insert(conn, host);
-        self.agent(host, |agent| agent.handle_connected(server_id, exporter, now));
+        self.agent(host, |agent| agent.handle_connected(server_id, exporter, Vec::new(), now));
     }
 
     fn cut(&mut self, host: usize) {

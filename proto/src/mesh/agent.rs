@@ -4,7 +4,7 @@
 //! gives [`AgentEvent`]s and learns what came of them. Built in two places, the shell and the simulator.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,12 +20,14 @@ use crate::discovery::client::Client;
 use crate::mesh::members::Members;
 use crate::mesh::peer::Peer;
 use crate::mesh::settings::Settings;
+use crate::net::report::NetReport;
 use crate::path::agent::{PathAgent, PathEvent, PathPolicy, PathState};
 use crate::random::SplitMix64;
 use crate::wire::session::SessionError;
 
 mod consequences;
 mod echo;
+mod net;
 mod paths;
 mod publish;
 mod sessions;
@@ -134,6 +136,7 @@ pub struct Agent {
     members: Members,
     clients: BTreeMap<ServerId, Client>,
     server_facts: BTreeMap<ServerId, ServerFacts>,
+    net: NetReport,
     /// When a server first told all members it knows.
     synced_at: Option<Instant>,
     /// What stood on the host before the first step, without a member that accounts for it.
@@ -185,6 +188,10 @@ pub struct StepError {
 #[derive(Debug, Clone, Default)]
 struct ServerFacts {
     observed: Option<SocketAddr>,
+    /// What its name resolved to.
+    addresses: Vec<IpAddr>,
+    stun_ports: Vec<u16>,
+    stun_alt: Vec<SocketAddr>,
     refused: Option<SessionError>,
     lost: Option<String>,
 }
@@ -214,6 +221,7 @@ impl Agent {
             instance: start.instance,
             started: (now, start.unix_ms),
             random: SplitMix64::new(nonces.seed()),
+            net: NetReport::new(nonces.stun_seed()),
             nonces,
             members,
             clients: BTreeMap::new(),
@@ -308,10 +316,11 @@ impl Agent {
         self.settings = settings;
         self.set_own_prefixes(now);
         if servers_changed {
-            self.disconnect_servers();
+            self.disconnect_servers(now);
             self.members.forget_servers_from(ServerId(self.settings.servers.len()));
             self.connect_servers(now);
         }
+        self.tell_net_host(now);
         self.rp_filter_denied.clear();
         self.work_out_at(now);
         self.settle(now);
@@ -371,8 +380,10 @@ impl Agent {
         self.settle(now);
     }
 
-    pub fn handle_connected(&mut self, server: ServerId, exporter: [u8; 32], now: Instant) {
+    /// A carrier is up; `addresses` are what the server's name resolved to.
+    pub fn handle_connected(&mut self, server: ServerId, exporter: [u8; 32], addresses: Vec<IpAddr>, now: Instant) {
         if let Some(client) = self.clients.get_mut(&server) {
+            self.server_facts.entry(server).or_default().addresses = addresses;
             client.handle_connected(exporter, now);
         }
         self.settle(now);
@@ -417,6 +428,7 @@ impl Agent {
         for key in due {
             self.with_path(&key, now, |path| path.handle_timeout(now));
         }
+        self.net.handle_timeout(now);
         if now >= self.next_tick {
             self.next_tick = now + RECONCILE_INTERVAL;
             let connected = self.connected();
@@ -456,6 +468,7 @@ impl Agent {
                 .map(|at| (at, "stop waiting for servers to store the farewell")),
             self.publisher.poll_timeout(),
             self.probing.poll_timeout(),
+            self.net.poll_timeout(),
             Some((self.next_tick, "compare desired and observed")),
         ];
         clients.chain(paths).chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
@@ -475,8 +488,10 @@ impl Agent {
             self.orphan_floor = floor.cloned().collect();
         }
         self.observed = Some(observed);
+        self.tell_net_host(now);
         if moved {
             tracing::info!("the network of this host changed");
+            self.net.handle_network_changed(now);
             self.rp_filter_denied.clear();
             for client in self.clients.values_mut() {
                 client.handle_network_changed(now);
@@ -492,6 +507,7 @@ impl Agent {
     /// Moves what the parts have to say into the queue, and works out the consequences when they are due.
     fn settle(&mut self, now: Instant) {
         self.drain_clients(now);
+        self.drain_net(now);
         if self.due.is_some_and(|due| due <= now) {
             self.due = None;
             self.work_out(now);
@@ -527,7 +543,7 @@ impl Agent {
         let is_farewell_done = !is_farewell_due || is_heard && self.publisher.is_stored_by(&connected);
         let is_clean = !self.applying && self.retry_at.is_none() && self.due.is_none();
         if is_farewell_done && is_clean {
-            self.disconnect_servers();
+            self.disconnect_servers(now);
             self.leaving = Some(Leaving { give_up_at: None, said: true, stopped: true });
             self.events.push_back(AgentEvent::Stopped);
         }

@@ -43,7 +43,7 @@ impl World {
         };
         machine.handle_connected(ConnId(id), remote, exporter, now);
         if let Some(agent) = self.agent_of(host, run) {
-            agent.handle_connected(server_id, exporter, now);
+            agent.handle_connected(server_id, exporter, Vec::new(), now);
             self.touch(host);
         }
         self.touch_server(server);

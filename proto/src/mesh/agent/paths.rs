@@ -12,7 +12,6 @@ use ipnet::IpNet;
 use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ProbeKeys, WgPublicKey};
 use mesh_common::limits::{PROBE_BURST, PROBE_INTERVAL};
-use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 
 use super::{Agent, AgentEvent, SETTLE, is_down};
@@ -136,7 +135,8 @@ impl Agent {
     pub fn handle_datagram(&mut self, source: SocketAddr, bytes: &[u8], now: Instant) {
         match demux::classify(bytes) {
             Datagram::Probe => self.handle_probe(Endpoint::Direct(source), None, bytes, now),
-            Datagram::Stun | Datagram::WireGuard(_) | Datagram::Unknown => self.probing.count(Dropped::Malformed),
+            Datagram::Stun => self.net.handle_stun(source, bytes, now),
+            Datagram::WireGuard(_) | Datagram::Unknown => self.probing.count(Dropped::Malformed),
         }
         self.settle(now);
     }
@@ -253,6 +253,7 @@ impl Agent {
     pub(super) fn sync_relays(&mut self, now: Instant) {
         let own = self.candidates();
         let subnets = self.connected_subnets();
+        let nat = [self.net.report().v4.nat, self.net.report().v6.nat];
         for peer in &self.peers {
             let relays = self.relays_to(&peer.node);
             let (Some(member), Some(path)) = (self.members.get(&peer.node), self.paths.get_mut(&peer.key)) else {
@@ -260,7 +261,7 @@ impl Agent {
             };
             path.handle_own_candidates(&own, now);
             path.handle_subnets(&subnets, now);
-            path.handle_nat([NatClass::default(); 2], [member.record.nat_v4, member.record.nat_v6], now);
+            path.handle_nat(nat, [member.record.nat_v4, member.record.nat_v6], now);
             path.handle_relays(&relays, now);
         }
     }

@@ -8,7 +8,6 @@ use ipnet::IpNet;
 use mesh_common::addr;
 use mesh_common::id::ServerId;
 use mesh_common::limits::{MAX_CANDIDATES, MAX_PREFIXES, RECORD_REFRESH, RECORD_VALID_FOR, SLOT_TTL};
-use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
@@ -237,8 +236,8 @@ impl Agent {
                 .collect(),
             excluded_prefixes: Vec::new(),
             candidates: self.candidates(),
-            nat_v4: NatClass::default(),
-            nat_v6: NatClass::default(),
+            nat_v4: self.net.report().v4.nat,
+            nat_v6: self.net.report().v6.nat,
             instance: self.instance,
             started_at_ms: self.started.1,
             valid_for: RECORD_VALID_FOR,
@@ -289,6 +288,11 @@ impl Nonces {
     pub(super) fn seed(&self) -> u64 {
         let hash = self.hash(b"meshspan/v1 jitter", 0);
         u64::from_le_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]])
+    }
+
+    /// What STUN transactions are drawn from.
+    pub(super) fn stun_seed(&self) -> [u8; 32] {
+        self.hash(b"meshspan/v1 stun seed", 0)
     }
 
     pub(super) fn next(&mut self) -> [u8; 24] {

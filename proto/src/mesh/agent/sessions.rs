@@ -26,9 +26,12 @@ impl Agent {
         match event {
             ClientEvent::Dial => self.events.push_back(AgentEvent::Dial(server)),
             ClientEvent::HangUp => self.events.push_back(AgentEvent::HangUp(server)),
-            ClientEvent::Welcomed { observed, .. } => {
+            ClientEvent::Welcomed { observed, stun_ports, stun_alt, .. } => {
                 tracing::info!(server = %name, %observed, "connected to discovery server");
-                *facts = ServerFacts { observed: Some(observed), ..ServerFacts::default() };
+                let addresses = std::mem::take(&mut facts.addresses);
+                *facts =
+                    ServerFacts { observed: Some(observed), addresses, stun_ports, stun_alt, ..ServerFacts::default() };
+                self.tell_net_servers(now);
                 self.work_out_at(now);
             }
             ClientEvent::Frame(bytes) => self.handle_frame(server, bytes, now),
@@ -117,12 +120,13 @@ impl Agent {
         }
     }
 
-    pub(super) fn disconnect_servers(&mut self) {
+    pub(super) fn disconnect_servers(&mut self, now: Instant) {
         for (server, mut client) in std::mem::take(&mut self.clients) {
             client.stop();
             self.events.push_back(AgentEvent::HangUp(server));
         }
         self.server_facts.clear();
+        self.tell_net_servers(now);
     }
 
     pub(super) fn connected(&self) -> BTreeSet<ServerId> {

@@ -14,6 +14,7 @@ use super::Agent;
 use crate::device::{Action, Endpoint};
 use crate::discovery::client::ClientState;
 use crate::mesh::peer::Verdict;
+use crate::net::report::Report;
 use crate::path::agent::PathState;
 use crate::path::view::PathView;
 
@@ -27,6 +28,10 @@ pub struct View {
     /// Sequence number of the newest own frame that went out.
     pub published_seq: Option<u64>,
     pub servers: Vec<ServerView>,
+    /// How servers see the WireGuard socket.
+    pub net: Report,
+    /// STUN datagrams that answered nothing we had asked, or with an address that cannot be ours.
+    pub stun_rejected: u64,
     pub peers: Vec<PeerView>,
     /// Steps on the host that failed, with their reasons.
     pub failed_steps: BTreeMap<String, String>,
@@ -79,6 +84,8 @@ impl Agent {
             overlay_v4: self.overlay_v4(),
             published_seq: self.publisher.published_seq(),
             servers: self.server_views(),
+            net: self.net.report().clone(),
+            stun_rejected: self.net.rejected(),
             peers: self.member_views(now).chain(self.static_views()).collect(),
             failed_steps: self.failed.clone(),
             rp_filter_denied: self.rp_filter_denied.iter().cloned().collect(),

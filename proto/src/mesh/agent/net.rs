@@ -1,0 +1,42 @@
+//! Our own place in the network: servers and host as [`NetReport`](crate::net::report::NetReport) knows them, its datagrams,
+//! and what follows when its report changes.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use mesh_common::id::ServerId;
+use mesh_common::time::Instant;
+
+use super::{Agent, AgentEvent};
+use crate::net::report::StunServer;
+
+impl Agent {
+    /// Servers came, went, or told where they answer STUN.
+    pub(super) fn tell_net_servers(&mut self, now: Instant) {
+        let stun = |(server, facts): (&ServerId, &super::ServerFacts)| {
+            // What a name resolves to is a proxy's address there.
+            let is_proxied = self.settings.servers[server.0].proxied;
+            let addresses = if is_proxied { Vec::new() } else { facts.addresses.clone() };
+            (*server, StunServer { addresses, ports: facts.stun_ports.clone(), alt: facts.stun_alt.clone() })
+        };
+        let servers: BTreeMap<_, _> = self.server_facts.iter().map(stun).collect();
+        self.net.handle_servers(servers, now);
+    }
+
+    pub(super) fn tell_net_host(&mut self, now: Instant) {
+        let addresses = self.underlay().iter().flat_map(|link| &link.addresses).map(IpNet::addr).collect();
+        self.net.handle_host(addresses, self.settings.listen_port, now);
+    }
+
+    /// Sends what is asked; a new report makes a new record.
+    pub(super) fn drain_net(&mut self, now: Instant) {
+        while let Some((to, bytes)) = self.net.poll_transmit() {
+            self.events.push_back(AgentEvent::SendRaw { to, bytes, ttl: None });
+        }
+        if self.net.poll_changed() {
+            let report = self.net.report();
+            tracing::info!(v4 = ?report.v4, v6 = ?report.v6, "learned how servers see this node");
+            self.work_out_at(now);
+        }
+    }
+}
