@@ -207,6 +207,8 @@ impl Draft {
         let v6 = self.random.below(10);
         let has_v6 = [v6 < 2, v6 == 0 || v6 == 2];
         let networks = self.networks();
+        // Where there is no router nothing expires.
+        self.has_loss |= self.expires && networks == [NetworkId::CORE; 2];
         let mut hosts: Vec<PlannedHost> = (0..2)
             .map(|index| self.host(index, networks[index], has_v6[index], servers.len(), secret.clone()))
             .collect();
@@ -479,7 +481,32 @@ fn settings(index: usize, servers: usize) -> Settings {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+
+    #[test]
+    fn seeds_take_turns_over_pairs_of_classes_and_half_of_each_are_troubled() {
+        let count = class_pairs().len() as u64;
+        let mut seen: BTreeMap<[NatKind; 2], [u32; 2]> = BTreeMap::new();
+        for seed in 1000..1000 + 2 * count {
+            let plan = Plan::new(seed);
+            seen.entry(plan.classes).or_default()[usize::from(plan.is_troubled)] += 1;
+            let swaps = matches!(plan.fault, Some((_, Fault::Swap { .. })));
+            let forgets_soon = plan.resume_at.is_some()
+                && plan.hosts.iter().any(|host| expiry(&plan, host).is_some_and(|expiry| expiry < SOON));
+            assert_eq!(plan.is_troubled, swaps || plan.weather.loss.1 > 0 || forgets_soon, "seed {seed}");
+        }
+        assert_eq!(seen.len() as u64, count);
+        assert!(seen.values().all(|runs| *runs == [1, 1]), "{seen:?}");
+    }
+
+    const SOON: Duration = Duration::from_secs(60);
+
+    fn expiry(plan: &Plan, host: &PlannedHost) -> Option<Duration> {
+        let routers = plan.internet.routers_before(host.uplinks[0].network);
+        routers.iter().map(|router| plan.internet.nat(*router).plan().expiry).min()
+    }
 
     #[test]
     fn the_routers_of_a_plan_are_of_the_class_it_is_counted_under() {
