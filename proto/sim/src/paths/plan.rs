@@ -20,7 +20,7 @@ use mesh_proto::random::SplitMix64;
 use crate::host::HostPlan;
 use crate::internet::{Internet, NetworkId, Node, RouterId};
 use crate::link::Weather;
-use crate::nat::{Nat, NatKind, NatPlan, PortChoice};
+use crate::nat::{Dependence, Nat, NatKind, NatPlan, PortChoice};
 use crate::oracle::{Hop, Side};
 
 /// Ports of every server's STUN.
@@ -92,6 +92,7 @@ impl Uplink {
                 is_forwarded: internal.is_some_and(|internal| nat.forwards_to(internal)),
                 hairpins: nat.plan().hairpins,
                 blocks_udp: nat.blocks_udp(),
+                renumbers: nat.plan().renumbers_after_knock,
             }
         };
         Side {
@@ -284,7 +285,7 @@ impl Draft {
                 _ => {
                     let [inner, carrier] = self.two_routers(left);
                     let access = self.behind(&[carrier]);
-                    [0, 1].map(|_| self.router_in(access, inner))
+                    [0, 1].map(|_| self.router_in(access, inner, false))
                 }
             };
         }
@@ -304,6 +305,11 @@ impl Draft {
                 _ => {}
             }
         }
+        if class.name() == "apdm-apdf" && self.one_in(3) {
+            // Not strict by itself, but careless: whoever knocks too early costs it its port.
+            let kind = NatKind { mapping: Dependence::EndpointIndependent, ..class };
+            return self.router_in(NetworkId::CORE, kind, true);
+        }
         if self.one_in(3) {
             let routers = self.two_routers(class);
             self.behind(&routers)
@@ -314,7 +320,8 @@ impl Draft {
 
     /// Two kinds, the inner first, that are together of this class.
     fn two_routers(&mut self, class: NatKind) -> [NatKind; 2] {
-        let hop = |kind| Hop { router: 0, kind, is_forwarded: false, hairpins: false, blocks_udp: false };
+        let hop =
+            |kind| Hop { router: 0, kind, is_forwarded: false, hairpins: false, blocks_udp: false, renumbers: false };
         let is_fitting =
             |kinds: &[NatKind; 2]| Side { network: 0, routers: kinds.map(hop).to_vec(), has_v6: false }.kind() == class;
         let chains = NatKind::all().flat_map(|inner| NatKind::all().map(move |outer| [inner, outer]));
@@ -324,10 +331,10 @@ impl Draft {
 
     /// A network behind new routers of these kinds, the inner first.
     fn behind(&mut self, kinds: &[NatKind]) -> NetworkId {
-        kinds.iter().rev().fold(NetworkId::CORE, |outer, kind| self.router_in(outer, *kind))
+        kinds.iter().rev().fold(NetworkId::CORE, |outer, kind| self.router_in(outer, *kind, false))
     }
 
-    fn router_in(&mut self, outer: NetworkId, kind: NatKind) -> NetworkId {
+    fn router_in(&mut self, outer: NetworkId, kind: NatKind, renumbers_after_knock: bool) -> NetworkId {
         self.routers += 1;
         let addr = match outer {
             NetworkId::CORE => Ipv4Addr::new(198, 51, 100, self.routers),
@@ -340,7 +347,7 @@ impl Draft {
             expiry: if self.expires { self.millis(30_000, 40_000) } else { self.millis(90_000, 300_000) },
             inbound_refreshes: self.one_in(2),
             hairpins: self.one_in(2),
-            renumbers_after_knock: false,
+            renumbers_after_knock,
         };
         let router = self.internet.add_router(outer, Nat::new(plan, addr, self.random.next_u64()));
         self.internet.add_network(router)
