@@ -8,9 +8,10 @@
 //! (c) they share the outermost router, it hairpins, and (b) holds otherwise.
 //! For all others the relay must carry, and a direct path is a bonus.
 //!
-//! One thing beyond the strictest of each: where an inner router maps by endpoint, one that filters further out sees another
-//! internal endpoint for every remote one. No two of them share what they opened, so together they filter by address and
-//! port whatever the outer one does alone.
+//! Two things beyond the strictest of each. A router that gives a flow another port after a knock at it counts as mapping by
+//! endpoint: who knocks first is luck. And where an inner router maps by endpoint, one that filters further out sees
+//! another internal endpoint for every remote one. No two of them share what they opened, so together they filter by
+//! address and port whatever the outer one does alone.
 
 use crate::nat::{Dependence, NatKind};
 
@@ -35,12 +36,18 @@ pub struct Hop {
     pub is_forwarded: bool,
     pub hairpins: bool,
     pub blocks_udp: bool,
+    /// A flow that was knocked at before it began gets another port.
+    pub renumbers: bool,
 }
 
 impl Side {
     /// What its routers are together.
     pub fn kind(&self) -> NatKind {
-        let class = |hop: &Hop| if hop.is_forwarded { NatKind::OPEN } else { hop.kind };
+        let class = |hop: &Hop| match hop {
+            Hop { is_forwarded: true, .. } => NatKind::OPEN,
+            Hop { renumbers: true, kind, .. } => NatKind { mapping: Dependence::AddressAndPortDependent, ..*kind },
+            Hop { kind, .. } => *kind,
+        };
         let kinds: Vec<NatKind> = self.routers.iter().map(class).collect();
         let mapping = kinds.iter().map(|kind| kind.mapping).max().unwrap_or(Dependence::EndpointIndependent);
         let strictest = kinds.iter().map(|kind| kind.filtering).max().unwrap_or(Dependence::EndpointIndependent);
@@ -87,7 +94,7 @@ mod tests {
 
     fn hop(router: usize, kind: &str) -> Hop {
         let kind = NatKind::all().find(|other| other.name() == kind).unwrap();
-        Hop { router, kind, is_forwarded: false, hairpins: false, blocks_udp: false }
+        Hop { router, kind, is_forwarded: false, hairpins: false, blocks_udp: false, renumbers: false }
     }
 
     fn side(network: usize, routers: &[Hop]) -> Side {
@@ -141,6 +148,7 @@ mod tests {
         assert_eq!(kind(&[]), "eim-eif");
         assert_eq!(kind(&[hop(1, "eim-apdf"), hop(2, "apdm-eif")]), "apdm-apdf");
         assert_eq!(kind(&[hop(1, "apdm-eif"), hop(2, "eim-adf")]), "apdm-apdf", "every mapping is filtered for itself");
+        assert_eq!(kind(&[Hop { renumbers: true, ..hop(1, "eim-apdf") }]), "apdm-apdf");
         assert_eq!(kind(&[Hop { is_forwarded: true, ..hop(1, "apdm-apdf") }, hop(2, "eim-adf")]), "eim-adf");
     }
 }

@@ -41,7 +41,10 @@ fn end(internet: &mut Internet, number: u8, kinds: &[NatKind], ports: PortChoice
         let router = internet.add_router(network, Nat::new(plan, outer, u64::from(number * 8 + depth)));
         network = internet.add_network(router);
         let router = usize::from(number * 8 + depth);
-        hops.insert(0, Hop { router, kind: *kind, is_forwarded: false, hairpins: false, blocks_udp: false });
+        hops.insert(
+            0,
+            Hop { router, kind: *kind, is_forwarded: false, hairpins: false, blocks_udp: false, renumbers: false },
+        );
     }
     let host = Ipv4Addr::new(192, 168, number, 5);
     internet.attach(network, host.into(), Node::Host(usize::from(number)));

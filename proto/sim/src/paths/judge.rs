@@ -281,11 +281,11 @@ impl Judge {
 
     /// The last packet was sent.
     pub(super) fn note_silence(&mut self, now: Instant) {
+        self.check_unheard(now);
         self.silent_since = Some(now);
         for talk in &mut self.talks {
             talk.direct_from = None;
         }
-        self.check_unheard(now);
     }
 
     /// All begin anew, as from an idle tunnel.
@@ -336,7 +336,9 @@ impl Judge {
     pub(super) fn finish(mut self, now: Instant) -> Summary {
         self.note_to_direct();
         self.check_lost(now);
-        self.check_unheard(now);
+        if self.silent_since.is_none() {
+            self.check_unheard(now);
+        }
         self.summary.first_byte = self.talks[0].first_byte;
         self.summary
     }
@@ -400,3 +402,6 @@ impl Judge {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
