@@ -48,8 +48,10 @@ impl World {
             return self.lose_carrier(id, "connection refused");
         };
         machine.handle_connected(ConnId(id), remote, exporter, now);
+        let plan = &self.server_plans[server];
+        let addresses = vec![plan.v4.into(), plan.v6.into()];
         if let Some(agent) = self.agent_of(host, run) {
-            agent.handle_connected(server_id, exporter, now);
+            agent.handle_connected(server_id, exporter, addresses, now);
             self.touch(host);
         }
         self.touch_server(server);
