@@ -2,6 +2,16 @@
 
 pub mod agent;
 pub mod candidate;
+mod exchange;
+mod explain;
+mod hunt;
+pub mod mtu;
 pub mod replay;
+pub mod round;
 pub mod score;
+mod track;
+mod trust;
 pub mod view;
+
+#[cfg(test)]
+mod tests;

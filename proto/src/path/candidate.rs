@@ -45,6 +45,28 @@ pub struct Remote {
     pub addr: SocketAddr,
 }
 
+/// What a new list of addresses brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    None,
+    /// Addresses went, or their order changed.
+    Gone,
+    /// An address was not known before.
+    New,
+}
+
+impl Change {
+    fn between(before: &[Remote], after: &[Remote], others: &[Remote]) -> Self {
+        if before == after {
+            Self::None
+        } else if after.iter().all(|remote| before.contains(remote) || others.contains(remote)) {
+            Self::Gone
+        } else {
+            Self::New
+        }
+    }
+}
+
 /// All known addresses of one peer.
 #[derive(Debug, Clone, Default)]
 pub struct Remotes {
@@ -54,22 +76,20 @@ pub struct Remotes {
 }
 
 impl Remotes {
-    /// The candidates of the peer's record. True when an address is new.
-    pub fn announce(&mut self, candidates: &[Candidate]) -> bool {
+    /// The candidates of the peer's record.
+    pub fn announce(&mut self, candidates: &[Candidate]) -> Change {
         let announced = usable(candidates);
-        let before = std::mem::take(&mut self.announced);
-        let is_new = announced.iter().any(|new| !before.contains(new) && !self.called.contains(new));
+        let change = Change::between(&self.announced, &announced, &self.called);
         self.announced = announced;
-        is_new
+        change
     }
 
-    /// The candidates of the peer's last call, fresher than those of its record. True when an address is new.
-    pub fn call(&mut self, candidates: &[Candidate]) -> bool {
+    /// The candidates of the peer's last call, fresher than those of its record.
+    pub fn call(&mut self, candidates: &[Candidate]) -> Change {
         let called = usable(candidates);
-        let before = std::mem::take(&mut self.called);
-        let is_new = called.iter().any(|new| !before.contains(new) && !self.announced.contains(new));
+        let change = Change::between(&self.called, &called, &self.announced);
         self.called = called;
-        is_new
+        change
     }
 
     /// An authentic probe or packet came from this address. True when it was not known. The one that was silent the longest
@@ -105,11 +125,6 @@ impl Remotes {
             }
         }
         all
-    }
-
-    /// Those of the record alone, best first.
-    pub fn announced(&self) -> &[Remote] {
-        &self.announced
     }
 
     pub fn kind_of(&self, at: SocketAddr) -> Option<RemoteKind> {

@@ -1,0 +1,153 @@
+//! Pings, pongs and calls of one peer: what is sent, what is answered, and what an answer tells.
+//!
+//! Bounded: 20 pongs a second to one source, [`MAX_QUEUED`] probes waiting, tracks only of addresses that are known or spoke.
+
+use std::time::Duration;
+
+use mesh_common::time::Instant;
+
+use crate::device::Endpoint;
+use crate::path::agent::{PathAgent, ProbeTransmit};
+use crate::path::candidate::Change;
+use crate::path::mtu;
+use crate::path::round::OPENER_TTL;
+use crate::path::track::{Purpose, Track};
+use crate::wire::probe::{Call, Probe};
+
+/// A round's worth to every address; more wait for a budget that will not come.
+const MAX_QUEUED: usize = 64;
+const MAX_TRACKS: usize = 48;
+const PONGS_PER_SECOND: u32 = 20;
+/// A ping of the peer proves nothing yet: it is pinged back, but not more often than this.
+pub(super) const PING_BACK: Duration = Duration::from_millis(100);
+/// A call is answered at most this often.
+const CALL_ANSWER: Duration = Duration::from_millis(200);
+
+/// Pongs to one source within the second that began then.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Budget {
+    since: Instant,
+    spent: u32,
+}
+
+impl PathAgent {
+    pub(super) fn ping(&mut self, to: Endpoint, purpose: Purpose, now: Instant) {
+        // The low half of a draw: any 32 bits are as good as others.
+        let id = (self.random.next_u64() & u64::from(u32::MAX)) as u32;
+        let track = self.track(to);
+        track.sent_ping(id, purpose, now);
+        let heard = track.received;
+        let (ttl, pad_to) = match purpose {
+            Purpose::Check => (None, None),
+            Purpose::Open => (Some(OPENER_TTL), None),
+            Purpose::Mtu(size) => (None, Some(mtu::datagram_len(size))),
+        };
+        self.transmit(ProbeTransmit { to, probe: Probe::Ping { id, heard }, ttl, pad_to });
+    }
+
+    pub(super) fn call(&mut self, to: Endpoint, answer_wanted: bool) {
+        let [nat_v4, nat_v6] = self.own_nat;
+        let call = Call { answer_wanted, nat_v4, nat_v6, candidates: self.own.clone() };
+        self.transmit(ProbeTransmit { to, probe: Probe::Call(call), ttl: None, pad_to: None });
+    }
+
+    pub(super) fn take_ping(&mut self, from: Endpoint, id: u32, heard: u32, now: Instant) {
+        if self.may_pong(from, now) {
+            let observed = from.direct();
+            let probe = Probe::Pong { id, heard: self.track(from).received, observed };
+            self.transmit(ProbeTransmit { to: from, probe, ttl: None, pad_to: None });
+        }
+        self.take_heard(from, heard, now);
+        let Some(at) = from.direct() else { return };
+        let is_new = self.remotes.observe(at, self.primary.and_then(Endpoint::direct), now);
+        let is_warm = self.is_warm(now);
+        if is_new && is_warm {
+            self.join_round(now);
+        }
+        let track = self.track(from);
+        let is_proven = track.is_trusted(now) && track.last_pong.is_some_and(|pong| now.since(pong) < PING_FRESH);
+        let was_pinged = track.last_ping.is_some_and(|ping| now.since(ping) < PING_BACK);
+        if !is_proven && !was_pinged && (is_warm || is_new || track.last_pong.is_none()) {
+            self.ping(from, Purpose::Check, now);
+        }
+    }
+
+    pub(super) fn take_pong(&mut self, from: Endpoint, id: u32, heard: u32, now: Instant) {
+        // A peer with several addresses may answer from another one; a relay is not such an address.
+        let fits = |to: &Endpoint| if from.is_relay() { *to == from } else { !to.is_relay() };
+        let asked = self.tracks.iter().find(|(to, track)| fits(to) && track.awaits(id)).map(|(to, _)| *to);
+        let Some(to) = asked else { return };
+        let Some(answered) = self.track(to).answered(id, now) else { return };
+        if let Some(size) = answered.mtu {
+            self.track(to).mtu.answered(size, now);
+        }
+        self.take_heard(to, heard, now);
+        if let Some(at) = to.direct() {
+            if let Some(round) = &mut self.round {
+                round.end(at);
+            }
+            self.consider(to, now);
+        }
+    }
+
+    pub(super) fn take_call(&mut self, from: Endpoint, call: &Call, now: Instant) {
+        if !from.is_relay() {
+            return;
+        }
+        self.peer_nat = [call.nat_v4, call.nat_v6];
+        let is_new = self.remotes.call(&call.candidates) == Change::New;
+        if let Some(round) = &mut self.round {
+            round.called();
+        }
+        if call.answer_wanted {
+            self.touch(now);
+            if self.last_call_answer.is_none_or(|at| now.since(at) >= CALL_ANSWER) {
+                self.last_call_answer = Some(now);
+                self.call(from, false);
+            }
+        }
+        if call.answer_wanted || is_new {
+            self.hunt_for_peer(now);
+        }
+    }
+
+    pub(super) fn note_seen(&mut self, from: Endpoint, now: Instant) {
+        self.track(from).last_seen = Some(now);
+        if let Endpoint::Relay(server) = from {
+            self.absent.remove(&server);
+        }
+    }
+
+    /// What is known of a path; a new one displaces one that was silent the longest.
+    pub(super) fn track(&mut self, endpoint: Endpoint) -> &mut Track {
+        if !self.tracks.contains_key(&endpoint) && self.tracks.len() >= MAX_TRACKS {
+            let kept = [self.primary, self.last_proven, self.before.map(|before| before.endpoint)];
+            let free = self.tracks.iter().filter(|(at, _)| !kept.contains(&Some(**at)));
+            if let Some(oldest) = free.min_by_key(|(_, track)| track.last_seen).map(|(at, _)| *at) {
+                self.tracks.remove(&oldest);
+            }
+        }
+        self.tracks.entry(endpoint).or_default()
+    }
+
+    fn transmit(&mut self, transmit: ProbeTransmit) {
+        if self.transmits.len() >= MAX_QUEUED {
+            self.transmits.pop_front();
+        }
+        self.probes_sent += 1;
+        self.transmits.push_back(transmit);
+    }
+
+    fn may_pong(&mut self, to: Endpoint, now: Instant) -> bool {
+        self.pongs.retain(|_, budget| now.since(budget.since) < Duration::from_secs(1));
+        if self.pongs.len() >= MAX_TRACKS && !self.pongs.contains_key(&to) {
+            return false;
+        }
+        let budget = self.pongs.entry(to).or_insert(Budget { since: now, spent: 0 });
+        budget.spent += 1;
+        budget.spent <= PONGS_PER_SECOND
+    }
+}
+
+/// An answer within this long needs no ping back.
+const PING_FRESH: Duration = Duration::from_secs(1);

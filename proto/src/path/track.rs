@@ -1,0 +1,201 @@
+//! What is known of one path: pings and their answers, delay, tunnel datagrams both ways, and why it failed.
+//!
+//! Owns facts only; what follows from them is decided in [`crate::path::trust`]. Bounded: [`MAX_OUTSTANDING`] pings.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use mesh_common::time::Instant;
+
+use crate::path::mtu::MtuSearch;
+
+/// Pings whose answers are waited for: a round's worth.
+const MAX_OUTSTANDING: usize = 16;
+/// A delay nobody has measured yet.
+const UNKNOWN_RTT: Duration = Duration::from_millis(200);
+/// What a satellite needs; a path that is slower is judged as if it were not.
+const MAX_JUDGED_RTT: Duration = Duration::from_secs(1);
+/// One missed heartbeat: an answer that is this much later than usual is late.
+const LATE: Duration = Duration::from_millis(500);
+/// After this much more than the usual delay without any answer the path is dead.
+const DEAD: Duration = Duration::from_millis(2000);
+
+#[derive(Debug, Clone, Default)]
+pub(super) struct Track {
+    rtt: Option<Duration>,
+    outstanding: VecDeque<Ping>,
+    /// The last one whose answer is expected.
+    pub(super) last_ping: Option<Instant>,
+    pub(super) last_pong: Option<Instant>,
+    /// When the newest ping left that was answered.
+    pub(super) proven_at: Option<Instant>,
+    /// When the first ping left that should have been answered since the last answer.
+    waiting_since: Option<Instant>,
+    /// Anything authentic came from there.
+    pub(super) last_seen: Option<Instant>,
+    /// It was proven, but not since something happened that may have ended it.
+    pub(super) is_stale: bool,
+    /// Tunnel datagrams over this path, ours.
+    pub(super) sent: u64,
+    /// Tunnel datagrams over this path, the peer's; wraps.
+    pub(super) received: u32,
+    pub(super) proof: Proof,
+    pub(super) barred_until: Option<Instant>,
+    pub(super) failure: Option<Failure>,
+    pub(super) failures: u32,
+    pub(super) mtu: MtuSearch,
+}
+
+/// Why a path was left, or what came of the last round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Failure {
+    pub(super) at: Instant,
+    pub(super) reason: String,
+}
+
+/// Whether what we send into the tunnel arrives: the peer tells how many datagrams it heard.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Proof {
+    pub(super) heard: Option<u32>,
+    /// When that number moved last, and what we had sent by then.
+    since: Option<Instant>,
+    sent: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Ping {
+    id: u32,
+    at: Instant,
+    mtu: Option<u16>,
+}
+
+/// A ping that was answered.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Answered {
+    pub(super) mtu: Option<u16>,
+}
+
+/// What a ping is sent for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Its answer is expected: silence counts.
+    Check,
+    /// It opens our NAT and dies on the way.
+    Open,
+    /// It asks whether a packet of this size passes.
+    Mtu(u16),
+}
+
+impl Track {
+    pub(super) fn sent_ping(&mut self, id: u32, purpose: Purpose, now: Instant) {
+        let mtu = if let Purpose::Mtu(size) = purpose { Some(size) } else { None };
+        if self.outstanding.len() >= MAX_OUTSTANDING {
+            self.outstanding.pop_front();
+        }
+        self.outstanding.push_back(Ping { id, at: now, mtu });
+        if purpose == Purpose::Check {
+            self.last_ping = Some(now);
+            self.waiting_since = self.waiting_since.or(Some(now));
+        }
+    }
+
+    /// `None` when no ping with this id waits for its answer.
+    pub(super) fn answered(&mut self, id: u32, now: Instant) -> Option<Answered> {
+        let at = self.outstanding.iter().position(|ping| ping.id == id)?;
+        let ping = self.outstanding.remove(at)?;
+        let sample = now.since(ping.at);
+        if ping.mtu.is_none() {
+            self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
+        }
+        self.last_pong = Some(now);
+        self.last_seen = Some(now);
+        self.proven_at = self.proven_at.max(Some(ping.at));
+        self.waiting_since = None;
+        self.is_stale = false;
+        self.failure = None;
+        self.failures = 0;
+        Some(Answered { mtu: ping.mtu })
+    }
+
+    pub(super) fn awaits(&self, id: u32) -> bool {
+        self.outstanding.iter().any(|ping| ping.id == id)
+    }
+
+    /// Something happened that may have ended this path: only a new answer proves it.
+    pub(super) fn doubt(&mut self) {
+        self.is_stale = self.last_pong.is_some() || self.is_stale;
+        self.outstanding.clear();
+        self.waiting_since = None;
+    }
+
+    pub(super) fn fail(&mut self, reason: String, now: Instant) {
+        self.failure = Some(Failure { at: now, reason });
+        self.failures = self.failures.saturating_add(1);
+        self.doubt();
+        self.is_stale = true;
+    }
+
+    pub(super) fn bar(&mut self, until: Instant) {
+        self.barred_until = Some(until);
+    }
+
+    pub(super) fn is_barred(&self, now: Instant) -> bool {
+        self.barred_until.is_some_and(|until| now < until)
+    }
+
+    pub(super) fn rtt(&self) -> Option<Duration> {
+        self.rtt
+    }
+
+    pub(super) fn judged_rtt(&self) -> Duration {
+        self.rtt.unwrap_or(UNKNOWN_RTT).min(MAX_JUDGED_RTT)
+    }
+
+    /// When the silence becomes suspicious.
+    pub(super) fn late_at(&self) -> Option<Instant> {
+        self.waiting_since.map(|since| since + LATE + self.judged_rtt())
+    }
+
+    /// When the silence is proof enough.
+    pub(super) fn dead_at(&self) -> Option<Instant> {
+        self.waiting_since.map(|since| since + DEAD + self.judged_rtt())
+    }
+
+    pub(super) fn is_late(&self, now: Instant) -> bool {
+        self.late_at().is_some_and(|at| now >= at)
+    }
+
+    pub(super) fn is_dead(&self, now: Instant) -> bool {
+        self.dead_at().is_some_and(|at| now >= at)
+    }
+
+    pub(super) fn is_silent(&self, time: Duration, now: Instant) -> bool {
+        self.waiting_since.is_some_and(|since| now.since(since) >= time)
+    }
+
+    /// Answers come: it was proven, nothing happened since, and no answer is late.
+    pub(super) fn is_trusted(&self, now: Instant) -> bool {
+        self.last_pong.is_some() && !self.is_stale && !self.is_late(now)
+    }
+
+    /// The peer says how many datagrams it heard on this path. True when that moved.
+    pub(super) fn hear(&mut self, heard: u32, now: Instant) -> bool {
+        let has_moved = self.proof.heard.is_some_and(|before| before != heard);
+        if self.proof.heard != Some(heard) {
+            self.proof = Proof { heard: Some(heard), since: Some(now), sent: self.sent };
+        }
+        has_moved
+    }
+
+    /// From here on datagrams that are sent are expected to be heard.
+    pub(super) fn begin_proof(&mut self, now: Instant) {
+        (self.proof.since, self.proof.sent) = (Some(now), self.sent);
+    }
+
+    /// At least `datagrams` were sent over at least `time`, and the peer heard none of them.
+    pub(super) fn is_unheard(&self, datagrams: u64, time: Duration, now: Instant) -> bool {
+        self.proof.heard.is_some()
+            && self.proof.since.is_some_and(|since| now.since(since) >= time)
+            && self.sent - self.proof.sent >= datagrams
+    }
+}

@@ -1,0 +1,460 @@
+//! Which path carries: promotion by answers, demotion by silence, and two paths at once while neither is sure.
+//!
+//! Everything here follows from what is known and `now`, worked out anew after every input. Data that came in proves one
+//! direction, so only an answered ping makes a path trusted.
+
+use std::time::Duration;
+
+use mesh_common::id::ServerId;
+use mesh_common::limits::LINK_MTU;
+use mesh_common::time::Instant;
+
+use crate::device::{Endpoint, PathTraffic, PeerRoute};
+use crate::path::agent::{ACTIVE, Before, PathAgent, PathEvent, WARM};
+use crate::path::candidate::RemoteKind;
+use crate::path::mtu::RELAY_MTU;
+use crate::path::score::Score;
+use crate::path::track::{Failure, Purpose, Track};
+use crate::path::view::Switch;
+
+const HEARTBEAT_ACTIVE: Duration = Duration::from_secs(1);
+const HEARTBEAT_WARM: Duration = Duration::from_secs(3);
+const HEARTBEAT_UNSURE: Duration = Duration::from_millis(250);
+const RELAY_PING: Duration = Duration::from_secs(5);
+/// A relay whose pings are not answered for this long is left for another.
+const RELAY_SILENCE: Duration = Duration::from_secs(6);
+/// Data goes over the old path too after a switch.
+const DUAL: Duration = Duration::from_secs(1);
+/// The relay carries for good: packets are made to fit it.
+const RELAY_REST: Duration = Duration::from_secs(3);
+/// Datagrams over this long of which the peer heard none: the path does not carry the tunnel.
+const UNHEARD_DATAGRAMS: u64 = 20;
+const UNHEARD_TIME: Duration = Duration::from_secs(2);
+const BARRED: Duration = Duration::from_secs(60);
+/// A path that failed within this long is not taken on the word of a handshake.
+const DISTRUST: Duration = Duration::from_secs(60);
+/// Other paths of the peer that are pinged while the one that carries is unsure.
+const MAX_ALTERNATES: usize = 3;
+
+impl PathAgent {
+    /// Works out what follows from everything known: the path that carries, what is due to be sent, the route.
+    pub(super) fn settle(&mut self, now: Instant) {
+        self.judged_at = self.judged_at.max(now);
+        self.absent.retain(|_, until| now < *until);
+        if !self.is_at_rest && !self.is_warm(now) {
+            self.rest();
+        }
+        if self.before.is_some_and(|before| now >= before.until) {
+            self.before = None;
+        }
+        self.choose(now);
+        if self.is_warm(now) {
+            self.run_round(now);
+            self.heartbeat(now);
+            self.ask_mtu(now);
+        }
+        self.note_mtu(now);
+        let route = self.wanted_route(now);
+        if self.route().second.is_some()
+            && route.second.is_none()
+            && let Some(primary) = self.primary
+        {
+            // While data went out twice, the other copy may have been the one that was heard.
+            self.track(primary).begin_proof(now);
+        }
+        self.set_route(route);
+        self.due = self.next_due();
+    }
+
+    /// When [`Self::settle`] has something to do by itself. What was due when it last ran is done.
+    fn next_due(&self) -> Option<(Instant, &'static str)> {
+        let judged = self.judged_at;
+        let always = [
+            self.before.map(|before| (before.until, "stop to send twice")),
+            self.relayed_since.map(|since| (since + RELAY_REST, "make packets fit the relay")),
+        ];
+        let while_used = self.last_active.filter(|_| !self.is_at_rest).map(|active| {
+            let primary = self.primary.and_then(|primary| self.tracks.get(&primary));
+            [
+                Some((active + WARM, "let a peer rest")),
+                self.round.as_ref().and_then(|round| round.next()).map(|at| (at, "probe a peer's addresses")),
+                self.next_round().map(|at| (at, "look for a direct path again")),
+                self.heartbeat_due(judged).map(|at| (at, "ask whether a path answers")),
+                primary.and_then(Track::late_at).map(|at| (at, "an answer is late")),
+                primary.and_then(Track::dead_at).map(|at| (at, "give up a silent path")),
+                primary.and_then(|track| track.mtu.due()).map(|at| (at, "find the MTU of a path")),
+                self.absent.values().min().map(|at| (*at, "try a relay again")),
+            ]
+        });
+        let due = always.into_iter().chain(while_used.into_iter().flatten()).flatten();
+        due.filter(|(at, _)| *at > judged).min_by_key(|(at, _)| *at)
+    }
+
+    pub(super) fn is_active(&self, now: Instant) -> bool {
+        self.last_active.is_some_and(|at| now.since(at) < ACTIVE)
+    }
+
+    pub(super) fn is_warm(&self, now: Instant) -> bool {
+        self.last_active.is_some_and(|at| now.since(at) < WARM)
+    }
+
+    /// Somebody uses this peer or wants to.
+    pub(super) fn touch(&mut self, now: Instant) {
+        self.last_active = Some(now);
+        self.is_at_rest = false;
+        if self.wanted_direct_since.is_none() && !self.is_direct_trusted(now) {
+            self.wanted_direct_since = Some(now);
+        }
+    }
+
+    pub(super) fn best_relay(&self, now: Instant) -> Option<ServerId> {
+        self.available_relays(now).next()
+    }
+
+    pub(super) fn is_direct_trusted(&self, now: Instant) -> bool {
+        self.primary.is_some_and(|primary| !primary.is_relay() && self.is_trusted(primary, now))
+    }
+
+    /// An answer came on this path: is it worth to be the one that carries?
+    pub(super) fn consider(&mut self, to: Endpoint, now: Instant) {
+        if self.tracks.get(&to).is_none_or(|track| track.is_barred(now)) {
+            return;
+        }
+        let is_better = match self.primary {
+            Some(primary) if primary == to => return,
+            Some(Endpoint::Relay(_)) | None => true,
+            Some(primary) if !self.is_trusted(primary, now) => true,
+            Some(primary) => self.score(to).is_worth_leaving(&self.score(primary)),
+        };
+        if is_better {
+            let reason = match self.primary {
+                Some(primary) if !primary.is_relay() && self.is_trusted(primary, now) => "a better path answers",
+                Some(primary) if !primary.is_relay() => "the path fell silent and this one answers",
+                _ => "a direct path answers",
+            };
+            self.switch(Some(to), reason, now);
+        }
+    }
+
+    /// The peer tells how many of our datagrams it heard on this path.
+    pub(super) fn take_heard(&mut self, endpoint: Endpoint, heard: u32, now: Instant) {
+        let has_moved = self.track(endpoint).hear(heard, now);
+        if endpoint.is_relay() || self.primary != Some(endpoint) {
+            return;
+        }
+        if has_moved {
+            self.before = None;
+        }
+        let is_sure = self.route().second.is_none() && self.is_trusted(endpoint, now);
+        let is_unheard = self.track(endpoint).is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME, now);
+        if is_sure
+            && is_unheard
+            && let Some(relay) = self.best_relay(now)
+        {
+            let reason = "probes pass, tunnel data does not";
+            self.track(endpoint).fail(reason.to_owned(), now);
+            self.track(endpoint).bar(now + BARRED);
+            self.switch(Some(Endpoint::Relay(relay)), reason, now);
+            self.hunt_again(now);
+        }
+    }
+
+    pub(super) fn take_handshake(&mut self, endpoint: Endpoint, now: Instant) {
+        self.note_seen(endpoint, now);
+        let relay = self.best_relay(now);
+        let Some(at) = endpoint.direct() else {
+            // Which relay carries is chosen by their order, not by who was first.
+            if self.primary.is_none() {
+                let relay = relay.map_or(endpoint, Endpoint::Relay);
+                self.switch(Some(relay), "the peer answers over a relay", now);
+            }
+            return;
+        };
+        self.remotes.observe(at, self.primary.and_then(Endpoint::direct), now);
+        let track = self.track(endpoint);
+        let is_distrusted =
+            track.is_barred(now) || track.failure.as_ref().is_some_and(|failure| now.since(failure.at) < DISTRUST);
+        let is_taken = match self.primary {
+            Some(primary) if primary == endpoint => false,
+            Some(primary) if !primary.is_relay() => !self.is_trusted(primary, now),
+            _ => relay.is_none() || self.policy.dual_send && !is_distrusted,
+        };
+        if is_taken {
+            self.switch(Some(endpoint), "the peer answers a handshake there", now);
+        }
+        let is_proven = self.is_trusted(endpoint, now);
+        if !is_proven {
+            self.ping(endpoint, Purpose::Check, now);
+        }
+    }
+
+    pub(super) fn take_roamed(&mut self, endpoint: Endpoint, now: Instant) {
+        self.note_seen(endpoint, now);
+        let Some(at) = endpoint.direct() else { return };
+        self.remotes.observe(at, self.primary.and_then(Endpoint::direct), now);
+        self.ping_back(endpoint, now);
+        let is_lost = self.primary.is_none_or(|primary| primary != endpoint && !self.is_trusted(primary, now));
+        if is_lost && self.best_relay(now).is_none() {
+            self.switch(Some(endpoint), "the peer sends from there", now);
+        }
+    }
+
+    pub(super) fn take_traffic(&mut self, paths: &[PathTraffic], now: Instant) {
+        if paths.iter().any(|path| path.sent > 0 || path.received > 0) {
+            self.touch(now);
+        }
+        for path in paths {
+            let track = self.track(path.endpoint);
+            track.sent += path.sent;
+            // Only its changes are looked at.
+            track.received = track.received.wrapping_add((path.received & u64::from(u32::MAX)) as u32);
+            if path.received == 0 {
+                continue;
+            }
+            self.note_seen(path.endpoint, now);
+            if let Some(at) = path.endpoint.direct().filter(|_| self.primary != Some(path.endpoint)) {
+                self.remotes.observe(at, self.primary.and_then(Endpoint::direct), now);
+                self.ping_back(path.endpoint, now);
+            }
+        }
+    }
+
+    /// No path is what it was: the network changed, here or there.
+    pub(super) fn doubt_all(&mut self) {
+        for track in self.tracks.values_mut() {
+            track.doubt();
+            track.proof = Default::default();
+        }
+    }
+
+    /// Nothing answered a handshake: a direct path that did not answer a ping either is given up.
+    pub(super) fn give_up_unanswered(&mut self, now: Instant) {
+        let Some(attempt) = self.attempt else { return };
+        let Some(primary) = self.primary.filter(|primary| !primary.is_relay()) else { return };
+        let has_answered = |track: &Track| track.last_pong.is_some_and(|at| at > attempt.since);
+        if !self.tracks.get(&primary).is_some_and(has_answered) {
+            self.switch(None, "no answer to handshakes", now);
+        }
+    }
+
+    fn available_relays(&self, now: Instant) -> impl Iterator<Item = ServerId> {
+        let is_there = move |relay: &ServerId| self.absent.get(relay).is_none_or(|until| now >= *until);
+        self.relays.iter().copied().filter(is_there)
+    }
+
+    fn is_trusted(&self, endpoint: Endpoint, now: Instant) -> bool {
+        let is_trusted = |track: &Track| {
+            if self.policy.trust_expiry { track.is_trusted(now) } else { track.last_pong.is_some() }
+        };
+        self.tracks.get(&endpoint).is_some_and(is_trusted)
+    }
+
+    fn score(&self, endpoint: Endpoint) -> Score {
+        let rtt = self.tracks.get(&endpoint).and_then(Track::rtt).unwrap_or(Duration::MAX);
+        Score::new(self.tier_of(endpoint), rtt, endpoint.direct())
+    }
+
+    fn ping_back(&mut self, endpoint: Endpoint, now: Instant) {
+        let track = self.track(endpoint);
+        let was_pinged = track.last_ping.is_some_and(|at| now.since(at) < HEARTBEAT_ACTIVE);
+        if !was_pinged && !track.is_barred(now) && self.is_warm(now) {
+            self.ping(endpoint, Purpose::Check, now);
+        }
+    }
+
+    /// Leaves a path that can no longer carry.
+    fn choose(&mut self, now: Instant) {
+        let relay = self.best_relay(now);
+        match self.primary {
+            Some(Endpoint::Relay(server)) => {
+                let is_available = self.available_relays(now).any(|relay| relay == server);
+                let other = self.available_relays(now).find(|other| *other != server);
+                let is_silent =
+                    self.tracks.get(&Endpoint::Relay(server)).is_some_and(|track| track.is_silent(RELAY_SILENCE, now));
+                if !is_available {
+                    let next = other.map(Endpoint::Relay).or_else(|| self.best_direct(now));
+                    self.switch(next, "its relay does not reach the peer", now);
+                } else if is_silent && let Some(other) = other {
+                    self.track(Endpoint::Relay(server)).doubt();
+                    self.switch(Some(Endpoint::Relay(other)), "its relay fell silent", now);
+                }
+            }
+            Some(direct) if self.policy.trust_expiry && self.is_warm(now) => {
+                let Some(track) = self.tracks.get_mut(&direct).filter(|track| track.is_dead(now)) else { return };
+                let reason = "no answer to probes any more";
+                if let Some(relay) = relay {
+                    track.fail(reason.to_owned(), now);
+                    self.switch(Some(Endpoint::Relay(relay)), reason, now);
+                    self.hunt_again(now);
+                } else if track.failure.is_none() {
+                    track.failure = Some(Failure { at: now, reason: reason.to_owned() });
+                    track.failures = track.failures.saturating_add(1);
+                    self.hunt_again(now);
+                }
+            }
+            Some(_) => {}
+            None => {
+                if let Some(relay) = relay.filter(|_| self.is_live(now)) {
+                    self.switch(Some(Endpoint::Relay(relay)), "no direct path is known", now);
+                }
+            }
+        }
+    }
+
+    fn best_direct(&self, now: Instant) -> Option<Endpoint> {
+        let trusted = self.tracks.keys().filter(|at| !at.is_relay() && self.is_trusted(**at, now)).copied();
+        trusted.min_by_key(|at| {
+            let score = self.score(*at);
+            (score.tier, score.rtt)
+        })
+    }
+
+    fn switch(&mut self, to: Option<Endpoint>, reason: &str, now: Instant) {
+        let from = std::mem::replace(&mut self.primary, to);
+        if let Some(direct) = from.filter(|from| !from.is_relay()) {
+            self.last_proven = Some(direct);
+        }
+        self.before = None;
+        self.relayed_since = None;
+        match to {
+            Some(direct) if !direct.is_relay() => {
+                let works = |from: &Endpoint| match from {
+                    Endpoint::Relay(server) => self.available_relays(now).any(|relay| relay == *server),
+                    Endpoint::Direct(_) => self.is_trusted(*from, now),
+                };
+                let old = from.filter(works).or_else(|| self.best_relay(now).map(Endpoint::Relay));
+                self.before = old
+                    .filter(|_| self.policy.dual_send && from.is_some())
+                    .map(|endpoint| Before { endpoint, until: now + DUAL });
+                self.rounds_in_vain = 0;
+                let is_proven = self.is_trusted(direct, now);
+                let track = self.track(direct);
+                track.begin_proof(now);
+                if is_proven && let Some(since) = self.wanted_direct_since.take() {
+                    self.time_to_direct = Some(now.since(since));
+                }
+            }
+            Some(relay) => {
+                self.relayed_since = Some(now);
+                self.track(relay).doubt();
+                self.wanted_direct_since = self.wanted_direct_since.or(Some(now).filter(|_| self.is_warm(now)));
+            }
+            None => {}
+        }
+        self.switches += 1;
+        self.last_switch = Some(Switch { at: now, from, to, reason: reason.to_owned() });
+        if to.is_some() && self.attempt.is_some() && self.best_relay(now).is_none() {
+            // A path opened while handshakes went unanswered: the next one need not wait.
+            self.events.push_back(PathEvent::StartHandshake);
+        }
+    }
+
+    /// Nobody used the peer for a while: its paths are as good as unknown, and nothing is sent until somebody does.
+    fn rest(&mut self) {
+        self.is_at_rest = true;
+        self.round = None;
+        self.rounds_in_vain = 0;
+        self.wanted_direct_since = None;
+        for track in self.tracks.values_mut() {
+            track.doubt();
+        }
+    }
+
+    /// When the next ping of the path that carries is due.
+    fn heartbeat_due(&self, now: Instant) -> Option<Instant> {
+        let primary = self.primary?;
+        let track = self.tracks.get(&primary);
+        let pause = match primary {
+            Endpoint::Relay(_) if self.is_active(now) => RELAY_PING,
+            Endpoint::Relay(_) => return None,
+            Endpoint::Direct(_) if self.is_unsure(now) && !track.is_some_and(|track| track.is_dead(now)) => {
+                HEARTBEAT_UNSURE
+            }
+            Endpoint::Direct(_) if self.is_active(now) => HEARTBEAT_ACTIVE,
+            Endpoint::Direct(_) => HEARTBEAT_WARM,
+        };
+        Some(track.and_then(|track| track.last_ping).map_or(now, |last| last + pause))
+    }
+
+    fn heartbeat(&mut self, now: Instant) {
+        if self.heartbeat_due(now).is_none_or(|due| due > now) {
+            return;
+        }
+        let Some(primary) = self.primary else { return };
+        self.ping(primary, Purpose::Check, now);
+        if primary.is_relay() || !self.is_unsure(now) {
+            return;
+        }
+        let is_alternate = |at: &Endpoint, track: &Track| {
+            let was_seen = track.last_seen.is_some_and(|seen| now.since(seen) < ACTIVE);
+            *at != primary && !at.is_relay() && was_seen && !track.is_barred(now)
+        };
+        let alternates = self.tracks.iter().filter(|(at, track)| is_alternate(at, track)).map(|(at, _)| *at);
+        for alternate in alternates.take(MAX_ALTERNATES).collect::<Vec<_>>() {
+            self.ping(alternate, Purpose::Check, now);
+        }
+    }
+
+    /// The direct path that carries is not sure to: never proven, not proven since it was doubted, or an answer is late.
+    fn is_unsure(&self, now: Instant) -> bool {
+        self.primary.is_some_and(|primary| !primary.is_relay() && !self.is_trusted(primary, now))
+    }
+
+    fn ask_mtu(&mut self, now: Instant) {
+        if !self.is_direct_trusted(now) {
+            return;
+        }
+        let Some(primary) = self.primary else { return };
+        let track = self.track(primary);
+        track.mtu.begin(now);
+        let rtt = track.judged_rtt();
+        if let Some(size) = track.mtu.poll(rtt, now) {
+            self.ping(primary, Purpose::Mtu(size), now);
+        }
+    }
+
+    fn note_mtu(&mut self, now: Instant) {
+        match self.primary {
+            Some(Endpoint::Relay(_)) if self.relayed_since.is_some_and(|since| now.since(since) >= RELAY_REST) => {
+                self.relayed_since = None;
+                self.mtu = Some(RELAY_MTU);
+            }
+            Some(Endpoint::Relay(_)) => {}
+            Some(direct) => {
+                if let Some(known) = self.tracks.get(&direct).and_then(|track| track.mtu.known()) {
+                    self.mtu = Some(known).filter(|known| *known < LINK_MTU);
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn wanted_route(&self, now: Instant) -> PeerRoute {
+        let relays: Vec<_> = self.available_relays(now).map(Endpoint::Relay).collect();
+        let is_carried = self.is_live(now) && !relays.is_empty();
+        if let Some(primary) = self.primary.filter(|_| self.attempt.is_none() || is_carried) {
+            return PeerRoute { primary: Some(primary), second: self.second(now), handshake_fan_out: Vec::new() };
+        }
+        // A NAT must not be knocked at before its own side has opened it: with a relay, reflexive addresses wait for that.
+        let is_greeted = |kind: RemoteKind, at: &Endpoint| {
+            kind != RemoteKind::Reflexive || relays.is_empty() || self.is_trusted(*at, now)
+        };
+        let remotes = self.remotes.all().into_iter().map(|remote| (remote.kind, Endpoint::Direct(remote.addr)));
+        let remotes = remotes.filter(|(kind, at)| is_greeted(*kind, at)).map(|(_, at)| at);
+        let mut targets: Vec<Endpoint> = relays.iter().copied().chain(remotes).collect();
+        let is_guess = |at: &Endpoint| targets.contains(at) && relays.is_empty() && Some(*at) != self.last_proven;
+        let guess = self.route().primary.filter(is_guess);
+        let primary = self.primary.or(guess).or(targets.first().copied());
+        // Behind a NAT the endpoint that worked may be none that the peer knows of.
+        targets.extend(self.last_proven.filter(|at| !targets.contains(at)));
+        targets.retain(|at| Some(*at) != primary);
+        PeerRoute { primary, second: None, handshake_fan_out: targets }
+    }
+
+    /// Where data is sent as well.
+    fn second(&self, now: Instant) -> Option<Endpoint> {
+        let relay = self.best_relay(now).map(Endpoint::Relay);
+        let second = if self.is_unsure(now) { relay } else { self.before.map(|before| before.endpoint) };
+        second.filter(|second| self.policy.dual_send && Some(*second) != self.primary)
+    }
+}
