@@ -69,6 +69,7 @@ impl Node {
             own_prefixes: &BTreeMap::new(),
             underlay: &self.underlay,
             rp_filter_denied: &self.none,
+            taken_sockets: BTreeSet::new(),
             now: Instant::ORIGIN,
         }
         .peers()

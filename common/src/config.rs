@@ -127,7 +127,7 @@ impl Default for Mesh {
 /// The section `mesh.filters`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Filters {
-    /// Which own addresses are announced as endpoint candidates. Default all.
+    /// Which own addresses are announced as endpoint candidates, and which of the peers' are tried. Default all.
     #[serde(serialize_with = "filter_as_text")]
     pub endpoints: EndpointFilter,
 }

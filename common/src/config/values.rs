@@ -165,7 +165,7 @@ impl FromStr for InterfaceName {
 }
 
 impl EndpointFilter {
-    /// Whether an address may be announced: not excluded, and held by an entry if any entry allows.
+    /// Whether an address may be an endpoint: not excluded, and held by an entry if any entry allows.
     pub fn passes(&self, addr: std::net::IpAddr) -> bool {
         let covered =
             |negated: bool| self.0.iter().any(|entry| entry.negated == negated && entry.prefix.contains(&addr));

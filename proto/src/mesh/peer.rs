@@ -74,6 +74,8 @@ pub struct Surroundings<'a> {
     pub underlay: &'a [UnderlayLink],
     /// Underlay links whose strict filter could not be loosened.
     pub rp_filter_denied: &'a BTreeSet<String>,
+    /// Sockets that are no peer's: those of discovery servers, and where they see our own.
+    pub taken_sockets: BTreeSet<SocketAddr>,
     pub now: Instant,
 }
 
@@ -178,7 +180,14 @@ impl Surroundings<'_> {
         })
     }
 
-    /// Those of a peer's candidates that may be tried from here, best first.
+    /// Of a subnet this node is connected to.
+    fn is_broadcast(&self, addr: IpAddr) -> bool {
+        let holds_hosts = |subnet: &IpNet| subnet.addr().is_ipv4() && subnet.prefix_len() < 31;
+        self.connected().any(|(subnet, _)| holds_hosts(&subnet) && subnet.broadcast() == addr)
+    }
+
+    /// Those of a peer's candidates that may be tried from here, best first: addresses that packets can go to, that are no
+    /// node's of the overlay, not our own and no server's, and that the operator's filter lets through.
     pub fn usable_candidates(&self, candidates: &[Candidate]) -> Vec<Candidate> {
         self.rank(candidates, &self.own_addresses(), &self.overlay_space())
     }
@@ -193,6 +202,9 @@ impl Surroundings<'_> {
                 && addr::is_routable(at.ip())
                 && !own.contains(&at.ip())
                 && !overlay.iter().any(|space| space.contains(&at.ip()))
+                && !self.taken_sockets.contains(at)
+                && self.settings.endpoint_filter.passes(at.ip())
+                && !self.is_broadcast(at.ip())
         };
         let rank = |candidate: &Candidate| {
             let on_link = self.connected().any(|(subnet, _)| subnet.contains(&candidate.addr.ip()));

@@ -22,7 +22,7 @@ pub struct Settings {
     /// Pod CIDRs and extra prefixes that this node announces.
     pub prefixes: BTreeSet<IpNet>,
     pub advertise_node_addresses: bool,
-    /// Which own addresses may be announced as candidates.
+    /// Which own addresses may be announced as candidates, and which of the peers' may be tried.
     pub endpoint_filter: EndpointFilter,
     pub static_peers: Vec<StaticPeer>,
     pub deny_nodes: BTreeSet<NodeId>,

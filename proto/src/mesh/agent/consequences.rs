@@ -97,6 +97,7 @@ impl Agent {
             own_prefixes: &self.own_prefixes,
             underlay: self.underlay(),
             rp_filter_denied: &self.rp_filter_denied,
+            taken_sockets: self.taken_sockets(),
             now,
         }
     }

@@ -1,19 +1,22 @@
 //! Our own place in the network: servers and host as [`NetReport`](crate::net::report::NetReport) knows them, its datagrams,
 //! and what follows when its report changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
+use mesh_common::config::HostPort;
 use mesh_common::id::ServerId;
 use mesh_common::time::Instant;
 
-use super::{Agent, AgentEvent};
+use super::{Agent, AgentEvent, ServerFacts};
 use crate::net::report::StunServer;
+use crate::wire::address::canonical;
 
 impl Agent {
     /// Servers came, went, or told where they answer STUN.
     pub(super) fn tell_net_servers(&mut self, now: Instant) {
-        let stun = |(server, facts): (&ServerId, &super::ServerFacts)| {
+        let stun = |(server, facts): (&ServerId, &ServerFacts)| {
             // What a name resolves to is a proxy's address there.
             let is_proxied = self.settings.servers[server.0].proxied;
             let addresses = if is_proxied { Vec::new() } else { facts.addresses.clone() };
@@ -26,6 +29,20 @@ impl Agent {
     pub(super) fn tell_net_host(&mut self, now: Instant) {
         let addresses = self.underlay().iter().flat_map(|link| &link.addresses).map(IpNet::addr).collect();
         self.net.handle_host(addresses, self.settings.listen_port, now);
+    }
+
+    /// Where no peer can be: discovery servers listen there, or see us there.
+    pub(super) fn taken_sockets(&self) -> BTreeSet<SocketAddr> {
+        let of_server = |(server, facts): (&ServerId, &ServerFacts)| {
+            let name = self.settings.servers[server.0].name.parse::<HostPort>();
+            let ports: Vec<u16> = facts.stun_ports.iter().copied().chain(name.map(|name| name.port)).collect();
+            let listens = |addr: &IpAddr| ports.iter().map(|port| SocketAddr::new(*addr, *port)).collect::<Vec<_>>();
+            facts.addresses.iter().flat_map(listens).chain(facts.stun_alt.iter().copied()).collect::<Vec<_>>()
+        };
+        let servers = self.server_facts.iter().flat_map(of_server);
+        let report = self.net.report();
+        let own = report.v4.reflexive.iter().chain(&report.v6.reflexive).copied();
+        servers.chain(own).map(canonical).collect()
     }
 
     /// Sends what is asked; a new report makes a new record.

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::{Agent, AgentEvent};
+use crate::device::Family;
 use crate::mesh::peer::Verdict;
 use crate::sealed;
 use crate::wire::frame::Frame;
@@ -249,21 +250,35 @@ impl Agent {
         }
     }
 
-    /// Own addresses with the WireGuard port, and where servers see us, in case the port is the same outside.
+    /// Own addresses with the WireGuard port, and where servers see us.
     pub(super) fn candidates(&self) -> Vec<Candidate> {
-        let port = self.settings.listen_port;
-        let allowed = |addr: &IpAddr| self.settings.endpoint_filter.passes(*addr);
-        let host: BTreeSet<IpAddr> = self.host_addresses().filter(allowed).collect();
-        let seen = self.server_facts.values().filter_map(|facts| facts.observed).map(|at| at.ip().to_canonical());
-        let seen: BTreeSet<IpAddr> =
-            seen.filter(|addr| addr::is_routable(*addr) && allowed(addr) && !host.contains(addr)).collect();
         let own: BTreeSet<IpAddr> = self.underlay().iter().flat_map(|link| &link.addresses).map(IpNet::addr).collect();
-        let seen = seen.into_iter().filter(|addr| !own.contains(addr));
-        let host = host.iter().map(|addr| (CandidateKind::Host, *addr));
-        host.chain(seen.map(|addr| (CandidateKind::Reflexive, addr)))
-            .map(|(kind, addr)| Candidate { kind, addr: SocketAddr::new(addr, port) })
-            .take(MAX_CANDIDATES)
-            .collect()
+        let seen = Family::ALL.into_iter().flat_map(|family| self.seen_from_outside(family));
+        let seen = seen.filter(|at| addr::is_routable(at.ip()) && !own.contains(&at.ip()));
+        let host = self.host_addresses().map(|addr| SocketAddr::new(addr, self.settings.listen_port));
+        // What opens a NAT comes first where there are too many.
+        let all = seen.map(|addr| Candidate { kind: CandidateKind::Reflexive, addr });
+        let all = all.chain(host.map(|addr| Candidate { kind: CandidateKind::Host, addr }));
+        let all = all.filter(|candidate| self.settings.endpoint_filter.passes(candidate.addr.ip()));
+        let mut known = BTreeSet::new();
+        let all = all.filter(|candidate| known.insert(candidate.addr)).take(MAX_CANDIDATES);
+        all.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// What STUN told. Until it did, and where each destination sees another port, the port may be the same outside.
+    fn seen_from_outside(&self, family: Family) -> Vec<SocketAddr> {
+        let port = self.settings.listen_port;
+        let net = self.net.report().family(family);
+        let mapping = net.nat.mapping;
+        if net.reflexive.is_empty() {
+            let seen = self.server_facts.values().filter_map(|facts| facts.observed).map(|at| at.ip().to_canonical());
+            let seen: BTreeSet<IpAddr> = seen.filter(|addr| Family::of(*addr) == family).collect();
+            seen.into_iter().map(|addr| SocketAddr::new(addr, port)).collect()
+        } else if mapping.is_proven() && mapping.is_endpoint_dependent() {
+            net.reflexive.iter().flat_map(|at| [*at, SocketAddr::new(at.ip(), port)]).collect()
+        } else {
+            net.reflexive.clone()
+        }
     }
 
     /// Addresses of real interfaces that others may reach.

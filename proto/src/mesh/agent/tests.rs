@@ -4,7 +4,8 @@
 use mesh_common::config::EndpointFilter;
 use mesh_common::host_name::HostName;
 use mesh_common::key::{ClusterSecret, WgSecret};
-use mesh_common::limits::{LINK_MTU, LISTEN_PORT, MAX_PREFIXES};
+use mesh_common::limits::{LINK_MTU, LISTEN_PORT, MAX_CANDIDATES, MAX_PREFIXES};
+use mesh_common::nat::{Filtering, Mapping, NatClass};
 
 use super::*;
 use crate::device::{Route, UnderlayLink};
@@ -12,6 +13,8 @@ use crate::discovery::client::ClientEvent;
 use crate::mesh::settings::ServerSettings;
 use crate::sealed::{self, Opened};
 use crate::wire::frame::Frame;
+use crate::wire::record::{Candidate, CandidateKind, Record};
+use crate::wire::stun;
 
 fn settings(servers: usize) -> Settings {
     let server = |number| ServerSettings { name: format!("server{number}:7443"), proxied: false };
@@ -146,5 +149,211 @@ fn of_too_many_prefixes_the_configured_ones_are_announced_first() {
         let announced: BTreeSet<IpNet> = record.prefixes.iter().map(|claim| claim.prefix).collect();
         let kept = announced.intersection(&configured(count)).count();
         assert_eq!((kept, announced.len() - kept), (usize::from(count).min(MAX_PREFIXES), addresses), "{count}");
+    }
+}
+
+/// A host behind a NAT, on one LAN.
+fn behind_nat() -> Observed {
+    let link = |name: &str, addresses: &[&str], virtual_kind: Option<&str>| UnderlayLink {
+        name: name.to_owned(),
+        addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),
+        rp_filter: 0,
+        virtual_kind: virtual_kind.map(str::to_owned),
+    };
+    let eth0 = link("eth0", &["10.0.0.2/24"], None);
+    let docker = link("docker0", &["172.17.0.1/16"], Some("bridge"));
+    Observed { underlay: vec![eth0, docker], ..Observed::default() }
+}
+
+/// A session with the server at 192.0.2.1, which has another address, too.
+fn welcome(agent: &mut Agent, now: Instant) {
+    agent.handle_connected(ServerId(0), [0; 32], vec!["192.0.2.1".parse().unwrap()], now);
+    let welcomed = ClientEvent::Welcomed {
+        observed: "203.0.113.7:4000".parse().unwrap(),
+        stun_ports: vec![3478, 3479],
+        stun_alt: vec!["192.0.2.2:3478".parse().unwrap(), "192.0.2.2:3479".parse().unwrap()],
+        relay: false,
+    };
+    agent.handle_client_event(ServerId(0), welcomed, now);
+}
+
+/// Runs the machine for a while and answers its STUN questions as `seen` says. Whoever is to answer from elsewhere is not
+/// heard. Gives what is announced then.
+fn run(
+    agent: &mut Agent,
+    host: &Observed,
+    from: Instant,
+    time: Duration,
+    seen: impl Fn(SocketAddr) -> &'static str,
+) -> Record {
+    let mut now = from;
+    agent.handle_observed(host.clone(), now);
+    loop {
+        while let Some(event) = agent.poll_event() {
+            match event {
+                AgentEvent::ReserveSeq(seq) => agent.handle_seq_reserved(seq, now),
+                AgentEvent::Apply(_) => agent.handle_applied(Vec::new(), host.clone(), now),
+                AgentEvent::SendRaw { to, bytes, .. } => {
+                    let answer = stun::answer(&bytes, seen(to).parse().unwrap()).unwrap();
+                    if answer.from == stun::Change::NONE {
+                        agent.handle_datagram(to, &answer.bytes, now);
+                    }
+                }
+                _ => {}
+            }
+        }
+        let Some((at, _)) = agent.poll_timeout().filter(|(at, _)| *at <= from + time) else { break };
+        now = now.max(at);
+        agent.handle_timeout(now);
+    }
+    let frame = agent.publisher.frame().unwrap();
+    let Opened::Record(record) = sealed::open(&agent.keys, "test", frame).unwrap() else { panic!("the agent left") };
+    *record
+}
+
+fn texts(candidates: &[Candidate]) -> Vec<String> {
+    candidates.iter().map(|candidate| format!("{:?} {}", candidate.kind, candidate.addr)).collect()
+}
+
+#[test]
+fn the_port_outside_is_a_guess_until_stun_tells_it() {
+    let mut agent = fresh(settings(1));
+    let host = behind_nat();
+    agent.handle_observed(host.clone(), at(1));
+    welcome(&mut agent, at(1));
+    assert_eq!(texts(&agent.candidates()), ["Host 10.0.0.2:51872", "Reflexive 203.0.113.7:51872"]);
+    let record = run(&mut agent, &host, at(1), Duration::from_secs(5), |_| "203.0.113.7:40000");
+    assert_eq!(texts(&record.candidates), ["Host 10.0.0.2:51872", "Reflexive 203.0.113.7:40000"]);
+    assert_eq!((record.nat_v4.mapping, record.nat_v6), (Mapping::EndpointIndependent, NatClass::default()));
+    assert_eq!(record.nat_v4.filtering, Filtering::AddressAndPortDependent);
+    assert_eq!(agent.view(at(6)).net.v4.reflexive, ["203.0.113.7:40000".parse().unwrap()]);
+
+    // A NAT that moves us makes a new record, once it was asked again.
+    let record = run(&mut agent, &host, at(6), Duration::from_secs(40), |_| "203.0.113.7:40001");
+    assert_eq!(texts(&record.candidates), ["Host 10.0.0.2:51872", "Reflexive 203.0.113.7:40001"]);
+}
+
+#[test]
+fn behind_a_nat_that_depends_on_the_peer_the_own_port_is_worth_a_try() {
+    let mut agent = fresh(settings(1));
+    let host = behind_nat();
+    agent.handle_observed(host.clone(), at(1));
+    welcome(&mut agent, at(1));
+    let seen = |to: SocketAddr| match to.to_string().as_str() {
+        "192.0.2.1:3478" => "203.0.113.7:40000",
+        "192.0.2.1:3479" => "203.0.113.7:40001",
+        _ => "203.0.113.7:40002",
+    };
+    let record = run(&mut agent, &host, at(1), Duration::from_secs(5), seen);
+    assert_eq!(record.nat_v4.mapping, Mapping::AddressAndPortDependent);
+    let expected = ["Host 10.0.0.2:51872", "Reflexive 203.0.113.7:40000", "Reflexive 203.0.113.7:51872"];
+    assert_eq!(texts(&record.candidates), expected);
+}
+
+#[test]
+fn of_too_many_addresses_those_that_open_a_nat_are_announced_first() {
+    let mut agent = fresh(settings(1));
+    let mut host = behind_nat();
+    host.underlay[0].addresses = (2..60).map(|last| IpNet::new([10, 0, 0, last].into(), 24).unwrap()).collect();
+    agent.handle_observed(host.clone(), at(1));
+    welcome(&mut agent, at(1));
+    let record = run(&mut agent, &host, at(1), Duration::from_secs(5), |_| "203.0.113.7:40000");
+    assert_eq!(record.candidates.len(), MAX_CANDIDATES);
+    assert_eq!(texts(&record.candidates).last().unwrap(), "Reflexive 203.0.113.7:40000");
+}
+
+#[test]
+fn the_filter_holds_for_what_is_announced_and_for_what_is_tried() {
+    let filter = |entries: &[&str]| EndpointFilter(entries.iter().map(|entry| entry.parse().unwrap()).collect());
+    for (entries, announced, tried) in [
+        (&["!10.0.0.0/8"][..], &["Reflexive 203.0.113.7:40000"][..], &["Reflexive 198.51.100.8:9"][..]),
+        (&["10.0.0.0/8"], &["Host 10.0.0.2:51872"], &["Host 10.9.0.9:51872"]),
+        (&["!0.0.0.0/0"], &[], &[]),
+    ] {
+        let mut agent = fresh(Settings { endpoint_filter: filter(entries), ..settings(1) });
+        let host = behind_nat();
+        agent.handle_observed(host.clone(), at(1));
+        welcome(&mut agent, at(1));
+        let record = run(&mut agent, &host, at(1), Duration::from_secs(5), |_| "203.0.113.7:40000");
+        assert_eq!(texts(&record.candidates), announced, "{entries:?}");
+        let theirs = [
+            Candidate { kind: CandidateKind::Host, addr: "10.9.0.9:51872".parse().unwrap() },
+            Candidate { kind: CandidateKind::Reflexive, addr: "198.51.100.8:9".parse().unwrap() },
+        ];
+        assert_eq!(texts(&agent.surroundings(at(6)).usable_candidates(&theirs)), tried, "{entries:?}");
+    }
+}
+
+#[test]
+fn where_no_peer_can_be_is_never_tried() {
+    let mut agent = fresh(settings(1));
+    let host = behind_nat();
+    agent.handle_observed(host.clone(), at(1));
+    welcome(&mut agent, at(1));
+    run(&mut agent, &host, at(1), Duration::from_secs(5), |_| "203.0.113.7:40000");
+    let overlay = format!("[{}]:51872", addr::overlay_v6("test", &NodeId([9; 32])));
+    let refused = [
+        "192.0.2.1:7443",
+        "192.0.2.1:3478",
+        "192.0.2.1:3479",
+        "192.0.2.2:3478",
+        "10.0.0.2:51872",
+        "10.0.0.2:1",
+        "172.17.0.1:51872",
+        "203.0.113.7:40000",
+        "10.0.0.255:51872",
+        "127.0.0.1:51872",
+        "169.254.0.1:51872",
+        "224.0.0.1:51872",
+        "255.255.255.255:51872",
+        "0.0.0.0:51872",
+        "198.51.100.8:0",
+        "198.19.3.4:51872",
+        "[::1]:51872",
+        "[fe80::1]:51872",
+        "[ff02::1]:51872",
+        &overlay,
+    ];
+    // One on the same LAN, one beside a server, one that is just somewhere, one behind the same NAT.
+    let tried = ["10.0.0.3:51872", "192.0.2.1:51872", "198.51.100.8:9", "203.0.113.7:51872"];
+    let theirs = refused.into_iter().chain(tried);
+    let theirs: Vec<Candidate> =
+        theirs.map(|at| Candidate { kind: CandidateKind::Reflexive, addr: at.parse().unwrap() }).collect();
+    let usable = agent.surroundings(at(6)).usable_candidates(&theirs);
+    assert_eq!(texts(&usable), tried.map(|at| format!("Reflexive {at}")));
+}
+
+#[test]
+fn nobody_is_asked_by_an_agent_that_left() {
+    let mut agent = fresh(settings(1));
+    let host = behind_nat();
+    agent.handle_observed(host.clone(), at(1));
+    welcome(&mut agent, at(1));
+    run(&mut agent, &host, at(1), Duration::from_secs(5), |_| "203.0.113.7:40000");
+    agent.handle_leave(at(7));
+    while let Some((due, _)) = agent.poll_timeout().filter(|(due, _)| *due <= at(20)) {
+        agent.handle_timeout(due);
+        while let Some(event) = agent.poll_event() {
+            if matches!(event, AgentEvent::Apply(_)) {
+                agent.handle_applied(Vec::new(), Observed::default(), due);
+            }
+        }
+    }
+    agent.handle_timeout(at(1000));
+    let asks = |event: AgentEvent| matches!(event, AgentEvent::SendRaw { .. });
+    assert!(!std::iter::from_fn(|| agent.poll_event()).any(asks));
+}
+
+#[test]
+fn what_a_proxys_name_resolves_to_is_no_stun_server() {
+    let mut proxied = settings(1);
+    proxied.servers[0].proxied = true;
+    for (settings, is_asked) in [(settings(1), true), (proxied, false)] {
+        let mut agent = fresh(settings);
+        agent.handle_observed(behind_nat(), at(1));
+        welcome(&mut agent, at(1));
+        agent.handle_timeout(at(1));
+        let asks = |event: AgentEvent| matches!(event, AgentEvent::SendRaw { .. });
+        assert_eq!(std::iter::from_fn(|| agent.poll_event()).any(asks), is_asked);
     }
 }
