@@ -18,6 +18,7 @@ pub mod impair;
 pub mod isolation;
 pub mod lab;
 pub mod link;
+pub mod matrix;
 pub mod mesh;
 pub mod messages;
 pub mod nat;

@@ -88,6 +88,9 @@ pub struct StatusPeer {
     pub state: String,
     pub overlay_v4: Option<Ipv4Addr>,
     pub overlay_v6: Option<Ipv6Addr>,
+    /// Where it says it can be reached; only ever compared.
+    #[serde(default)]
+    pub candidates: serde_json::Value,
 }
 
 impl Node {
@@ -149,6 +152,16 @@ impl Node {
 
     pub fn write_config(&self) -> Result<()> {
         write_private(&self.config_path(), &self.config.to_yaml())
+    }
+
+    /// Becomes a node that never ran, of the cluster with this secret. The agent must not run.
+    pub fn start_over(&mut self, secret: &str) -> Result<()> {
+        match fs::remove_dir_all(self.state_dir()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        self.overlay = None;
+        write_private(&self.config.secret_file, secret)
     }
 
     /// Executes `mesh-agent run`; does not wait for it to be ready.

@@ -10,7 +10,13 @@ use std::{
 
 use anyhow::Result;
 
-use crate::{Host, binaries::Binaries, mesh::config::ServerAddress, process::Process, wait};
+use crate::{
+    Host,
+    binaries::Binaries,
+    mesh::config::ServerAddress,
+    process::{self, Process},
+    wait,
+};
 
 const SESSION_PORT: u16 = 7443;
 const STUN_PORT: u16 = 3478;
@@ -26,6 +32,8 @@ pub struct Server {
     program: PathBuf,
     dir: PathBuf,
     ttl: Option<Duration>,
+    /// A second address of the host that answers STUN.
+    stun_alternate: Option<IpAddr>,
     starts: u32,
     process: Option<Process>,
 }
@@ -39,7 +47,16 @@ impl Server {
         ttl: Option<Duration>,
     ) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        Ok(Self { host, address, program: binaries.server.clone(), dir: dir.to_owned(), ttl, starts: 0, process: None })
+        Ok(Self {
+            host,
+            address,
+            program: binaries.server.clone(),
+            dir: dir.to_owned(),
+            ttl,
+            stun_alternate: None,
+            starts: 0,
+            process: None,
+        })
     }
 
     /// Starts the server and waits until it has said where it is.
@@ -52,6 +69,9 @@ impl Server {
         command.arg("--state-dir").arg(self.dir.join("state"));
         if let Some(ttl) = self.ttl {
             command.arg("--ttl").arg(format!("{}s", ttl.as_secs()));
+        }
+        if let Some(address) = self.stun_alternate {
+            command.arg("--stun-alt-address").arg(SocketAddr::new(address, STUN_PORT).to_string());
         }
         // Output of its own for each start: an old endpoint must not be read as the new one.
         self.starts += 1;
@@ -70,6 +90,13 @@ impl Server {
         let (address, _) = process.explain(said)?;
         self.process = Some(process);
         Ok(address)
+    }
+
+    /// From the next start on it answers STUN on a second address of its host, if it is of a version that can.
+    pub fn add_alternate_stun(&mut self, address: IpAddr) -> Result<()> {
+        let help = process::run(&self.host, &self.program, &["--help".as_ref()], &self.dir)?;
+        self.stun_alternate = help.stdout.contains("--stun-alt-address").then_some(address);
+        Ok(())
     }
 
     /// Ends it as a crash would.

@@ -240,7 +240,7 @@ impl Site {
     /// when it reaches its router, for a bridge takes its time to see a new port.
     pub fn attach(&self, host: &Host, last: u8, ipv6: bool) -> Result<()> {
         self.detach(host)?;
-        let port = format!("port{last}");
+        let port = self.inner_port(last);
         connect(&self.home, &port, host, UPLINK)?;
         self.home.enslave(&port, LAN_BRIDGE)?;
         let network = self.inner_network();
@@ -268,6 +268,16 @@ impl Site {
     pub fn inner_address(&self, last: u8) -> Ipv4Addr {
         let [a, b, c, _] = self.inner_network().network().octets();
         Ipv4Addr::new(a, b, c, last)
+    }
+
+    /// Of the home on its wire.
+    pub fn home_address(&self) -> Ipv4Addr {
+        self.home_address
+    }
+
+    /// The home's end of the link to the host at this last byte.
+    pub fn inner_port(&self, last: u8) -> String {
+        format!("port{last}")
     }
 
     /// What the internet sees of a host at this last byte.

@@ -1,0 +1,65 @@
+//! `cargo run --release -p netns-tests --bin nat-matrix`: real agents behind every pair of NATs, on this machine alone.
+
+use std::{process::ExitCode, time::Duration};
+
+use clap::Parser;
+use netns_tests::{
+    binaries::{BIN_DIR, Binaries},
+    isolation,
+    matrix::{self, Options, Selection, parse_pair},
+    nat::{Ports, oracle::Pair},
+};
+
+/// Connects two nodes across every pair of NAT kinds and measures how, how fast, and what is lost.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Print the verdicts as one JSON line at the end; everything for people goes to stderr.
+    #[arg(long)]
+    json: bool,
+    /// One pair of each class.
+    #[arg(long, conflicts_with = "only")]
+    smoke: bool,
+    /// These pairs, each as A,B or same-nat; may be repeated.
+    #[arg(long, value_name = "A,B", value_parser = parse_pair)]
+    only: Vec<Pair>,
+    /// One-way delay of each site's uplink, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u16).range(0..=1000))]
+    delay_ms: u16,
+    /// Routers give another port than the inner one even where that is free.
+    #[arg(long)]
+    shifted: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let binaries = match Binaries::find() {
+        Ok(binaries) => binaries,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    // No thread exists yet: this may replace the process by itself inside a user namespace.
+    if let Err(why) = isolation::tun_available().and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())])) {
+        eprintln!("error: the matrix cannot run here: {why}\nhelp: {}", why.help());
+        return ExitCode::FAILURE;
+    }
+    let selection = if args.smoke {
+        Selection::Smoke
+    } else if args.only.is_empty() {
+        Selection::All
+    } else {
+        Selection::Only(args.only)
+    };
+    let ports = if args.shifted { Ports::Shifted } else { Ports::Kept };
+    let options = Options { selection, delay: Duration::from_millis(args.delay_ms.into()), ports };
+    let report = matrix::run(&binaries, &options).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        matrix::report::Report::default()
+    });
+    if args.json {
+        println!("{}", report.json());
+    }
+    if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
