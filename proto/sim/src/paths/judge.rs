@@ -7,12 +7,15 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use mesh_common::nat::{Filtering, Mapping, NatClass};
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
 use mesh_proto::wire::demux;
 
 use super::is_tunnel_data;
 use super::plan::Fault;
+use crate::nat::{Dependence, NatKind};
+use crate::oracle::Side;
 
 /// What a first byte may take beyond two round trips by the relay.
 const FIRST_BYTE_SLACK: Duration = Duration::from_millis(200);
@@ -64,6 +67,12 @@ pub enum Violation {
         to: usize,
         gap: Duration,
         bound: Duration,
+    },
+    /// A node says of its NAT what is not so, or does not know it.
+    Misclassified {
+        host: usize,
+        truth: &'static str,
+        reported: NatClass,
     },
     SentWhileIdle {
         host: usize,
@@ -238,6 +247,40 @@ impl Judge {
                     self.break_rule(now, Violation::Gap { from, to, gap, bound });
                 }
             }
+        }
+    }
+
+    /// What a node has found out of its NAT, and what that is.
+    pub(super) fn note_report(&mut self, host: usize, truth: &Side, reported: NatClass, now: Instant) {
+        if truth.routers.iter().any(|hop| hop.renumbers) {
+            // A server's answer from its other port is a knock: what is found depends on what was asked first.
+            return;
+        }
+        let mapping = truth.routers.iter().filter(|hop| !hop.is_forwarded).map(|hop| hop.kind.mapping).max();
+        let mapping = mapping.unwrap_or(Dependence::EndpointIndependent);
+        let is_mapping_right = match reported.mapping {
+            Mapping::Unknown => self.loses || truth.routers.iter().any(|hop| hop.blocks_udp),
+            Mapping::EndpointIndependent => mapping == Dependence::EndpointIndependent,
+            Mapping::AddressDependent => mapping != Dependence::EndpointIndependent,
+            Mapping::AddressAndPortDependent => mapping == Dependence::AddressAndPortDependent,
+            Mapping::PortIndependent => mapping != Dependence::AddressAndPortDependent,
+        };
+        let filtering = match &truth.routers[..] {
+            [] => Some(Dependence::EndpointIndependent),
+            [hop] if hop.is_forwarded => Some(Dependence::EndpointIndependent),
+            [hop] => Some(hop.kind.filtering),
+            _ => None,
+        };
+        let is_filtering_right = filtering.is_none_or(|filtering| match reported.filtering {
+            Filtering::Unknown => true,
+            Filtering::EndpointIndependent => filtering == Dependence::EndpointIndependent,
+            Filtering::AddressDependent => filtering != Dependence::AddressAndPortDependent,
+            // An answer that was lost looks like one that was filtered.
+            Filtering::AddressAndPortDependent => filtering == Dependence::AddressAndPortDependent || self.loses,
+        });
+        if !is_mapping_right || !is_filtering_right {
+            let truth = NatKind { mapping, filtering: filtering.unwrap_or(Dependence::AddressAndPortDependent) }.name();
+            self.break_rule(now, Violation::Misclassified { host, truth, reported });
         }
     }
 

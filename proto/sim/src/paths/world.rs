@@ -482,6 +482,7 @@ impl World {
         if is_first {
             let relay_rtt = self.relay_rtt(from, to);
             let must_be_direct = self.must_be_direct(from, to);
+            self.check_report(from);
             self.judge.note_first(index, relay_rtt, must_be_direct, now);
         }
         self.judge.note_sent(index, &targets, now);
@@ -498,6 +499,16 @@ impl World {
         for talk in 0..self.judge.talks() {
             let later = if talk % 2 == 0 { 0 } else { self.random.below(300) };
             self.clock.at(now + Duration::from_millis(later), Event::Say(talk));
+        }
+    }
+
+    /// Whether this host has found out by now what its NAT is.
+    fn check_report(&mut self, host: usize) {
+        let now = self.clock.now();
+        let machine = &self.machines[host];
+        let side = machine.uplink().side(&self.internet);
+        if let Some(agent) = &machine.host.agent {
+            self.judge.note_report(host, &side, agent.view(now).net.v4.nat, now);
         }
     }
 

@@ -4,6 +4,7 @@
 use mesh_common::id::ServerId;
 
 use super::*;
+use crate::oracle::Hop;
 
 const RELAY: Endpoint = Endpoint::Relay(ServerId(0));
 const RTT: Duration = Duration::from_millis(100);
@@ -150,6 +151,27 @@ fn who_speaks_while_nobody_talks_is_seen_and_servers_may_be_spoken_to() {
     bench.0.note_relayed(1, at(65_001));
     let broken = [("a probe", 0), ("a relayed datagram", 1)];
     assert_eq!(bench.end(66_000), broken.map(|(what, host)| Violation::SentWhileIdle { host, what }));
+}
+
+#[test]
+fn a_report_that_claims_what_is_not_so_or_nothing_is_seen() {
+    let is_right = |truth: &str, loses, mapping, filtering| {
+        let kind = NatKind::all().find(|kind| kind.name() == truth).unwrap();
+        let hop = Hop { router: 1, kind, is_forwarded: false, hairpins: false, blocks_udp: false, renumbers: false };
+        let side = Side { network: 1, routers: vec![hop], has_v6: false };
+        let mut judge = Judge::new(Vec::new(), loses);
+        judge.note_report(0, &side, NatClass { mapping, filtering }, at(0));
+        judge.summary.violations.is_empty()
+    };
+    use {Filtering as F, Mapping as M};
+    assert!(is_right("eim-apdf", false, M::PortIndependent, F::AddressAndPortDependent));
+    assert!(is_right("adm-eif", false, M::PortIndependent, F::AddressDependent));
+    assert!(!is_right("apdm-eif", false, M::PortIndependent, F::AddressDependent));
+    assert!(!is_right("adm-eif", false, M::EndpointIndependent, F::AddressDependent));
+    assert!(!is_right("eim-eif", false, M::EndpointIndependent, F::AddressAndPortDependent));
+    assert!(is_right("eim-eif", true, M::EndpointIndependent, F::AddressAndPortDependent));
+    assert!(!is_right("eim-apdf", true, M::EndpointIndependent, F::AddressDependent));
+    assert!(!is_right("eim-eif", false, M::Unknown, F::Unknown));
 }
 
 #[test]
