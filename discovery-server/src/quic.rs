@@ -20,7 +20,6 @@ use ring::hmac;
 use tokio::time::timeout;
 use tracing::debug;
 
-use self::relay::Turns;
 use crate::connection::{self, Broken, Inbound, Outbound, RelayLane};
 use crate::gate::{Gate, Pass};
 use crate::hub::Hub;
@@ -33,8 +32,9 @@ const RECEIVE_WINDOW: u32 = 64 * 1024;
 const SEND_WINDOW: u64 = 256 * 1024;
 /// Datagrams that were received and wait for this task, in bytes.
 const RECEIVED_DATAGRAMS: usize = 256 * 1024;
-/// Datagrams handed to QUIC that wait for the congestion window: a batch for one system call.
-const UNSENT_DATAGRAMS: usize = 16 * 1024;
+/// Datagrams handed to QUIC that wait for the congestion window, in bytes: room for one. QUIC sends datagrams before streams, and
+/// on a full line a second one would keep the control stream waiting for ever.
+const UNSENT_DATAGRAMS: usize = 2 * 1024;
 /// Packets of connections that wait for `accept`, in bytes.
 const INCOMING_BUFFER: u64 = 16 * 1024;
 const MAX_INCOMING: usize = 1024;
@@ -97,12 +97,11 @@ async fn serve(incoming: Incoming, pass: Pass, hub: Arc<Hub>) {
         return debug!("a QUIC connection gave no exporter");
     }
     let session = hub.connect(connection.remote_address(), exporter);
-    let turns = Turns::default();
-    let outbound = QuicOut { send, turns: &turns };
+    let outbound = QuicOut { send };
     let inbound = QuicIn { receive, deframer: Deframer::default() };
     tokio::select! {
         () = connection::serve(&session, RelayLane::Own, outbound, inbound) => {}
-        () = relay::send(&session, &connection, &turns) => {}
+        () = relay::send(&session, &connection) => {}
         () = relay::receive(&session, &connection) => {}
     }
     connection.close(VarInt::from_u32(0), b"");
@@ -150,14 +149,12 @@ impl ConnectionIdGenerator for RandomIds {
     }
 }
 
-struct QuicOut<'a> {
+struct QuicOut {
     send: SendStream,
-    turns: &'a Turns,
 }
 
-impl Outbound for QuicOut<'_> {
+impl Outbound for QuicOut {
     async fn send(&mut self, message: Bytes) -> Result<(), Broken> {
-        self.turns.control_wrote();
         self.send.write_chunk(enframe(&message)).await.map_err(|_| Broken)
     }
 

@@ -8,7 +8,8 @@ use std::sync::Once;
 
 use anyhow::{Context as _, bail};
 use mesh_common::limits::FWMARK;
-use socket2::{Domain, Protocol, Socket, Type};
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tracing::warn;
 
 /// The ports that are tried in this order when `--listen` is not given: the one every firewall passes, then our own.
@@ -91,13 +92,22 @@ fn bind_pair(address: SocketAddr) -> io::Result<Pair> {
     loop {
         let tcp = bind_tcp(address)?;
         let bound = tcp.local_addr()?;
-        match bind_udp(bound) {
+        match bind_udp(bound).inspect(widen) {
             Ok(udp) => return Ok(Pair { tcp, udp, address: bound }),
             Err(error) if address.port() == 0 && error.kind() == ErrorKind::AddrInUse && attempt < PORT_ATTEMPTS => {
                 attempt += 1
             }
             Err(error) => return Err(error),
         }
+    }
+}
+
+/// One socket has the datagrams of all clients: with the usual 200 KiB two of them overrun it in one burst.
+fn widen(socket: &UdpSocket) {
+    const BUFFER_BYTES: usize = 4 << 20;
+    if setsockopt(socket, sockopt::RcvBufForce, &BUFFER_BYTES).is_err() {
+        // Without CAP_NET_ADMIN as much as net.core.rmem_max allows, and then it is no error.
+        let _ = SockRef::from(socket).set_recv_buffer_size(BUFFER_BYTES);
     }
 }
 

@@ -6,6 +6,7 @@ mod server {
     mod keys;
     mod process;
     mod readme;
+    mod relay;
     mod sessions;
     mod stun;
     mod support;

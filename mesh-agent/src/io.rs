@@ -1,4 +1,5 @@
 //! The world outside the process, one file a kind.
 
 pub mod carriers;
+pub mod relay_queue;
 pub mod session;

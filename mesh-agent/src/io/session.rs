@@ -17,6 +17,8 @@ use mesh_common::limits::CONNECT_TIMEOUT;
 use quinn::Endpoint;
 use tokio::time::{Instant, sleep, timeout_at};
 
+use super::relay_queue::RelayQueue;
+
 mod marked;
 mod pinned;
 mod quic;
@@ -56,10 +58,14 @@ pub struct Dialer {
 pub struct Carrier {
     pub kind: CarrierKind,
     pub remote: SocketAddr,
+    /// All addresses of the server's name; none when only a proxy could resolve it.
+    pub addresses: Vec<IpAddr>,
     /// The TLS exporter value that binds a Hello to this carrier.
     pub exporter: [u8; 32],
     pub sender: CarrierSender,
     pub receiver: CarrierReceiver,
+    /// Where relayed messages go and come from; `None` = with the other messages.
+    pub relay: Option<RelayLane>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,6 +81,21 @@ pub struct CarrierSender(Sending);
 /// The receiving half.
 #[derive(Debug)]
 pub struct CarrierReceiver(Receiving);
+
+/// A lane for messages that may be lost, beside the one for those that may not.
+#[derive(Debug)]
+pub struct RelayLane {
+    pub sender: RelaySender,
+    pub receiver: RelayReceiver,
+}
+
+/// The sending half of a lane for messages that may be lost.
+#[derive(Debug)]
+pub struct RelaySender(quic::RelaySender);
+
+/// The receiving half.
+#[derive(Debug)]
+pub struct RelayReceiver(quic::RelayReceiver);
 
 #[derive(Debug)]
 enum Sending {
@@ -161,7 +182,7 @@ impl Dialer {
         // Both ways out mean the same: nobody won.
         while let Ok(Some((outcome, attempt))) = timeout_at(deadline, racing.next()).await {
             let failure = match outcome {
-                Ok(carrier) => return Ok(carrier),
+                Ok(carrier) => return Ok(Carrier { addresses, ..carrier }),
                 Err(failure) => failure,
             };
             tracing::debug!(kind = ?attempt.kind, to = %attempt.to, ?failure, "a carrier did not come up");
@@ -219,6 +240,20 @@ impl CarrierReceiver {
             Receiving::Quic(receiver) => receiver.next().await,
             Receiving::WebSocket(receiver) => receiver.next().await,
         }
+    }
+}
+
+impl RelaySender {
+    /// Sends what the queue holds and gets. Never returns: that the carrier broke is told where its other messages come in.
+    pub async fn run(self, queue: &RelayQueue) {
+        self.0.run(queue).await;
+    }
+}
+
+impl RelayReceiver {
+    /// The next message; waits for ever when the carrier broke. Cancel-safe.
+    pub async fn next(&mut self) -> Bytes {
+        self.0.next().await
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! A message is `type u8 | body`, body by [`crate::wire::codec`]. A stream carrier (QUIC, one bidirectional stream that the
 //! agent opens) puts a u32 length before each; a WebSocket carrier makes each one binary message. An unknown type is
-//! counted and skipped; a body that does not decode ends the session. Relay and Relayed may also travel beside the stream, as
-//! one QUIC datagram each: they may be lost and overtake each other, nothing else may.
+//! counted and skipped; a body that does not decode ends the session. Relay and Relayed travel beside
+//! the stream of QUIC, as a datagram each where that fits: they may be lost and overtake each other, nothing else may.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -318,6 +318,11 @@ impl ServerMessage {
             unknown => return Err(DecodeError::UnknownType(unknown)),
         })
     }
+}
+
+/// Whether a message of a server is a Relayed one: it may be dropped, where others wait.
+pub fn is_relayed(message: &[u8]) -> bool {
+    message.first() == Some(&RELAYED)
 }
 
 /// Cuts a byte stream into messages: u32 length, then that many bytes, at most [`MAX_MESSAGE`](mesh_common::limits::MAX_MESSAGE).

@@ -5,8 +5,12 @@ use std::net::SocketAddr;
 use std::sync::Once;
 
 use mesh_common::limits::FWMARK;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tracing::warn;
+
+const RECEIVE_BUFFER: usize = 1 << 20;
+/// What the kernel takes of a TCP connection beyond what is in flight.
+const UNSENT: u32 = 32 * 1024;
 
 /// A UDP socket on a free port of this family.
 pub(super) fn udp(local: SocketAddr) -> io::Result<std::net::UdpSocket> {
@@ -15,6 +19,8 @@ pub(super) fn udp(local: SocketAddr) -> io::Result<std::net::UdpSocket> {
     if local.is_ipv6() {
         socket.set_only_v6(true)?;
     }
+    // Bursts of relayed datagrams; net.core.rmem_max may allow less, and then it is no error.
+    let _ = socket.set_recv_buffer_size(RECEIVE_BUFFER);
     socket.bind(&local.into())?;
     Ok(socket.into())
 }
@@ -24,8 +30,10 @@ pub(super) async fn connect(to: SocketAddr) -> io::Result<tokio::net::TcpStream>
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     mark(&socket);
     let stream = tokio::net::TcpSocket::from_std_stream(socket.into()).connect(to).await?;
-    // Without it small messages wait for acknowledgements; a socket that refuses it works all the same.
+    // Without it small messages wait for acknowledgements, and without the other whatever the kernel takes on a slow line waits
+    // before them; a socket that refuses works all the same.
     let _ = stream.set_nodelay(true);
+    let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
     Ok(stream)
 }
 

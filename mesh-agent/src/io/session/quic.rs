@@ -1,4 +1,5 @@
-//! The QUIC carrier: one bidirectional stream, opened at once by an empty message.
+//! The QUIC carrier: one bidirectional stream, opened at once by an empty message, and beside it the lane of relayed messages:
+//! datagrams, and a stream for those that fit none.
 //!
 //! The server sees a stream with its first bytes only, and it speaks first where a challenge is signed: hence the empty
 //! message, which every receiver skips.
@@ -24,8 +25,17 @@ use super::{
     marked,
 };
 
+pub(super) use relay::{RelayReceiver, RelaySender};
+
+mod relay;
+
 /// Bytes in flight from the server: a snapshot comes in a few round trips.
 const RECEIVE_WINDOW: u32 = 256 * 1024;
+/// Datagrams that were received and wait for this task, in bytes.
+const RECEIVED_DATAGRAMS: usize = 256 * 1024;
+/// Datagrams handed to QUIC that wait for the congestion window, in bytes: room for one. QUIC sends datagrams before streams, and
+/// on a full line a second one would keep the control stream waiting for ever.
+const UNSENT_DATAGRAMS: usize = 2 * 1024;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// QUIC's code for a TLS alert, the alert in its low byte (RFC 9001, 4.8).
 const CRYPTO_ERROR: u64 = 0x100;
@@ -68,7 +78,9 @@ pub(super) async fn dial(endpoint: &Endpoint, to: SocketAddr, server: &ServerAdd
     Ok(Carrier {
         kind: CarrierKind::Quic,
         remote: connection.remote_address(),
+        addresses: Vec::new(),
         exporter,
+        relay: Some(relay::lane(&connection)),
         sender: CarrierSender(Sending::Quic(Sender { stream: send, connection: connection.clone() })),
         receiver: CarrierReceiver(Receiving::Quic(Receiver {
             stream: receive,
@@ -157,10 +169,11 @@ fn transport() -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(0))
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .max_concurrent_uni_streams(VarInt::from_u32(1))
         .stream_receive_window(VarInt::from_u32(RECEIVE_WINDOW))
         .receive_window(VarInt::from_u32(RECEIVE_WINDOW))
-        .datagram_receive_buffer_size(None)
+        .datagram_receive_buffer_size(Some(RECEIVED_DATAGRAMS))
+        .datagram_send_buffer_size(UNSENT_DATAGRAMS)
         .keep_alive_interval(Some(SESSION_KEEPALIVE))
         .max_idle_timeout(Some(IdleTimeout::try_from(SESSION_IDLE).expect("half a minute fits")));
     transport

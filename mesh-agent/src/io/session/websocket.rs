@@ -71,7 +71,9 @@ pub(super) async fn dial(to: SocketAddr, server: &ServerAddress) -> Result<Carri
     Ok(Carrier {
         kind: CarrierKind::WebSocket,
         remote: to,
+        addresses: Vec::new(),
         exporter,
+        relay: None,
         sender: CarrierSender(Sending::WebSocket(Sender(sink))),
         receiver: CarrierReceiver(Receiving::WebSocket(Receiver(stream))),
     })
