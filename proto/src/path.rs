@@ -8,10 +8,12 @@ mod hunt;
 pub mod mtu;
 pub mod replay;
 pub mod round;
+mod route;
 pub mod score;
 mod track;
 mod trust;
 pub mod view;
+mod watch;
 
 #[cfg(test)]
 mod tests;

@@ -61,8 +61,10 @@ impl PathAgent {
         let Some(at) = from.direct() else { return };
         let is_new = self.remotes.observe(at, self.primary.and_then(Endpoint::direct), now);
         let is_warm = self.is_warm(now);
-        if is_new && is_warm {
+        if is_new && is_warm && self.round.is_some() {
+            // The round pings it back.
             self.join_round(now);
+            return;
         }
         let track = self.track(from);
         let is_proven = track.is_trusted(now) && track.last_pong.is_some_and(|pong| now.since(pong) < PING_FRESH);
@@ -96,9 +98,6 @@ impl PathAgent {
         }
         self.peer_nat = [call.nat_v4, call.nat_v6];
         let is_new = self.remotes.call(&call.candidates) == Change::New;
-        if let Some(round) = &mut self.round {
-            round.called();
-        }
         if call.answer_wanted {
             self.touch(now);
             if self.last_call_answer.is_none_or(|at| now.since(at) >= CALL_ANSWER) {
@@ -108,6 +107,10 @@ impl PathAgent {
         }
         if call.answer_wanted || is_new {
             self.hunt_for_peer(now);
+        }
+        // It knows: it need not be called.
+        if let Some(round) = &mut self.round {
+            round.called();
         }
     }
 

@@ -6,35 +6,26 @@
 use std::time::Duration;
 
 use mesh_common::id::ServerId;
-use mesh_common::limits::LINK_MTU;
 use mesh_common::time::Instant;
 
-use crate::device::{Endpoint, PathTraffic, PeerRoute};
+use crate::device::{Endpoint, PathTraffic};
 use crate::path::agent::{ACTIVE, Before, PathAgent, PathEvent, WARM};
-use crate::path::candidate::RemoteKind;
-use crate::path::mtu::RELAY_MTU;
 use crate::path::score::Score;
 use crate::path::track::{Failure, Purpose, Track};
 use crate::path::view::Switch;
 
-const HEARTBEAT_ACTIVE: Duration = Duration::from_secs(1);
-const HEARTBEAT_WARM: Duration = Duration::from_secs(3);
-const HEARTBEAT_UNSURE: Duration = Duration::from_millis(250);
-const RELAY_PING: Duration = Duration::from_secs(5);
+/// A path from which data comes and to which none goes is asked at most this often.
+const PING_BACK_PAUSE: Duration = Duration::from_secs(1);
 /// A relay whose pings are not answered for this long is left for another.
 const RELAY_SILENCE: Duration = Duration::from_secs(6);
 /// Data goes over the old path too after a switch.
 const DUAL: Duration = Duration::from_secs(1);
-/// The relay carries for good: packets are made to fit it.
-const RELAY_REST: Duration = Duration::from_secs(3);
 /// Datagrams over this long of which the peer heard none: the path does not carry the tunnel.
 const UNHEARD_DATAGRAMS: u64 = 20;
 const UNHEARD_TIME: Duration = Duration::from_secs(2);
 const BARRED: Duration = Duration::from_secs(60);
 /// A path that failed within this long is not taken on the word of a handshake.
 const DISTRUST: Duration = Duration::from_secs(60);
-/// Other paths of the peer that are pinged while the one that carries is unsure.
-const MAX_ALTERNATES: usize = 3;
 
 impl PathAgent {
     /// Works out what follows from everything known: the path that carries, what is due to be sent, the route.
@@ -64,30 +55,6 @@ impl PathAgent {
         }
         self.set_route(route);
         self.due = self.next_due();
-    }
-
-    /// When [`Self::settle`] has something to do by itself. What was due when it last ran is done.
-    fn next_due(&self) -> Option<(Instant, &'static str)> {
-        let judged = self.judged_at;
-        let always = [
-            self.before.map(|before| (before.until, "stop to send twice")),
-            self.relayed_since.map(|since| (since + RELAY_REST, "make packets fit the relay")),
-        ];
-        let while_used = self.last_active.filter(|_| !self.is_at_rest).map(|active| {
-            let primary = self.primary.and_then(|primary| self.tracks.get(&primary));
-            [
-                Some((active + WARM, "let a peer rest")),
-                self.round.as_ref().and_then(|round| round.next()).map(|at| (at, "probe a peer's addresses")),
-                self.next_round().map(|at| (at, "look for a direct path again")),
-                self.heartbeat_due(judged).map(|at| (at, "ask whether a path answers")),
-                primary.and_then(Track::late_at).map(|at| (at, "an answer is late")),
-                primary.and_then(Track::dead_at).map(|at| (at, "give up a silent path")),
-                primary.and_then(|track| track.mtu.due()).map(|at| (at, "find the MTU of a path")),
-                self.absent.values().min().map(|at| (*at, "try a relay again")),
-            ]
-        });
-        let due = always.into_iter().chain(while_used.into_iter().flatten()).flatten();
-        due.filter(|(at, _)| *at > judged).min_by_key(|(at, _)| *at)
     }
 
     pub(super) fn is_active(&self, now: Instant) -> bool {
@@ -237,12 +204,12 @@ impl PathAgent {
         }
     }
 
-    fn available_relays(&self, now: Instant) -> impl Iterator<Item = ServerId> {
+    pub(super) fn available_relays(&self, now: Instant) -> impl Iterator<Item = ServerId> {
         let is_there = move |relay: &ServerId| self.absent.get(relay).is_none_or(|until| now >= *until);
         self.relays.iter().copied().filter(is_there)
     }
 
-    fn is_trusted(&self, endpoint: Endpoint, now: Instant) -> bool {
+    pub(super) fn is_trusted(&self, endpoint: Endpoint, now: Instant) -> bool {
         let is_trusted = |track: &Track| {
             if self.policy.trust_expiry { track.is_trusted(now) } else { track.last_pong.is_some() }
         };
@@ -256,7 +223,7 @@ impl PathAgent {
 
     fn ping_back(&mut self, endpoint: Endpoint, now: Instant) {
         let track = self.track(endpoint);
-        let was_pinged = track.last_ping.is_some_and(|at| now.since(at) < HEARTBEAT_ACTIVE);
+        let was_pinged = track.last_ping.is_some_and(|at| now.since(at) < PING_BACK_PAUSE);
         if !was_pinged && !track.is_barred(now) && self.is_warm(now) {
             self.ping(endpoint, Purpose::Check, now);
         }
@@ -360,101 +327,8 @@ impl PathAgent {
         }
     }
 
-    /// When the next ping of the path that carries is due.
-    fn heartbeat_due(&self, now: Instant) -> Option<Instant> {
-        let primary = self.primary?;
-        let track = self.tracks.get(&primary);
-        let pause = match primary {
-            Endpoint::Relay(_) if self.is_active(now) => RELAY_PING,
-            Endpoint::Relay(_) => return None,
-            Endpoint::Direct(_) if self.is_unsure(now) && !track.is_some_and(|track| track.is_dead(now)) => {
-                HEARTBEAT_UNSURE
-            }
-            Endpoint::Direct(_) if self.is_active(now) => HEARTBEAT_ACTIVE,
-            Endpoint::Direct(_) => HEARTBEAT_WARM,
-        };
-        Some(track.and_then(|track| track.last_ping).map_or(now, |last| last + pause))
-    }
-
-    fn heartbeat(&mut self, now: Instant) {
-        if self.heartbeat_due(now).is_none_or(|due| due > now) {
-            return;
-        }
-        let Some(primary) = self.primary else { return };
-        self.ping(primary, Purpose::Check, now);
-        if primary.is_relay() || !self.is_unsure(now) {
-            return;
-        }
-        let is_alternate = |at: &Endpoint, track: &Track| {
-            let was_seen = track.last_seen.is_some_and(|seen| now.since(seen) < ACTIVE);
-            *at != primary && !at.is_relay() && was_seen && !track.is_barred(now)
-        };
-        let alternates = self.tracks.iter().filter(|(at, track)| is_alternate(at, track)).map(|(at, _)| *at);
-        for alternate in alternates.take(MAX_ALTERNATES).collect::<Vec<_>>() {
-            self.ping(alternate, Purpose::Check, now);
-        }
-    }
-
     /// The direct path that carries is not sure to: never proven, not proven since it was doubted, or an answer is late.
-    fn is_unsure(&self, now: Instant) -> bool {
+    pub(super) fn is_unsure(&self, now: Instant) -> bool {
         self.primary.is_some_and(|primary| !primary.is_relay() && !self.is_trusted(primary, now))
-    }
-
-    fn ask_mtu(&mut self, now: Instant) {
-        if !self.is_direct_trusted(now) {
-            return;
-        }
-        let Some(primary) = self.primary else { return };
-        let track = self.track(primary);
-        track.mtu.begin(now);
-        let rtt = track.judged_rtt();
-        if let Some(size) = track.mtu.poll(rtt, now) {
-            self.ping(primary, Purpose::Mtu(size), now);
-        }
-    }
-
-    fn note_mtu(&mut self, now: Instant) {
-        match self.primary {
-            Some(Endpoint::Relay(_)) if self.relayed_since.is_some_and(|since| now.since(since) >= RELAY_REST) => {
-                self.relayed_since = None;
-                self.mtu = Some(RELAY_MTU);
-            }
-            Some(Endpoint::Relay(_)) => {}
-            Some(direct) => {
-                if let Some(known) = self.tracks.get(&direct).and_then(|track| track.mtu.known()) {
-                    self.mtu = Some(known).filter(|known| *known < LINK_MTU);
-                }
-            }
-            None => {}
-        }
-    }
-
-    fn wanted_route(&self, now: Instant) -> PeerRoute {
-        let relays: Vec<_> = self.available_relays(now).map(Endpoint::Relay).collect();
-        let is_carried = self.is_live(now) && !relays.is_empty();
-        if let Some(primary) = self.primary.filter(|_| self.attempt.is_none() || is_carried) {
-            return PeerRoute { primary: Some(primary), second: self.second(now), handshake_fan_out: Vec::new() };
-        }
-        // A NAT must not be knocked at before its own side has opened it: with a relay, reflexive addresses wait for that.
-        let is_greeted = |kind: RemoteKind, at: &Endpoint| {
-            kind != RemoteKind::Reflexive || relays.is_empty() || self.is_trusted(*at, now)
-        };
-        let remotes = self.remotes.all().into_iter().map(|remote| (remote.kind, Endpoint::Direct(remote.addr)));
-        let remotes = remotes.filter(|(kind, at)| is_greeted(*kind, at)).map(|(_, at)| at);
-        let mut targets: Vec<Endpoint> = relays.iter().copied().chain(remotes).collect();
-        let is_guess = |at: &Endpoint| targets.contains(at) && relays.is_empty() && Some(*at) != self.last_proven;
-        let guess = self.route().primary.filter(is_guess);
-        let primary = self.primary.or(guess).or(targets.first().copied());
-        // Behind a NAT the endpoint that worked may be none that the peer knows of.
-        targets.extend(self.last_proven.filter(|at| !targets.contains(at)));
-        targets.retain(|at| Some(*at) != primary);
-        PeerRoute { primary, second: None, handshake_fan_out: targets }
-    }
-
-    /// Where data is sent as well.
-    fn second(&self, now: Instant) -> Option<Endpoint> {
-        let relay = self.best_relay(now).map(Endpoint::Relay);
-        let second = if self.is_unsure(now) { relay } else { self.before.map(|before| before.endpoint) };
-        second.filter(|second| self.policy.dual_send && Some(*second) != self.primary)
     }
 }
