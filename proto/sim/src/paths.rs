@@ -19,6 +19,7 @@ mod faults;
 pub mod judge;
 pub mod plan;
 mod sessions;
+mod trace;
 mod world;
 
 /// What a run is made from.

@@ -10,7 +10,7 @@ impl World {
     pub(super) fn begin_fault(&mut self) {
         let now = self.clock.now();
         let Some(fault) = self.fault else { return };
-        self.trace(|| format!("fault: {fault:?}"));
+        self.trace(|_| format!("fault: {fault:?}"));
         match fault {
             Fault::Swap { host } => self.swap(host),
             Fault::Suspend { host, lasts } => self.machines[host].suspended_until = Some(now + lasts),

@@ -232,7 +232,8 @@ impl Judge {
             self.summary.was_direct = true;
         }
         let Some((began, bound)) = talk.began.filter(|(began, _)| sent >= *began) else { return };
-        let heard = talk.heard.replace(now);
+        let heard = talk.heard;
+        talk.heard = Some(heard.map_or(now, |heard| heard.max(now)));
         match heard {
             None => {
                 let after = now.since(began);
@@ -301,8 +302,8 @@ impl Judge {
                 self.break_rule(now, Violation::TooManyProbes { host, within_a_second });
             }
         }
-        let mut others = self.addresses.iter().filter(|(other, _)| **other != host);
-        if !others.any(|(_, addresses)| addresses.contains(&to.ip())) {
+        // Its own is asked for a hairpin.
+        if !self.addresses.values().any(|addresses| addresses.contains(&to.ip())) {
             self.break_rule(now, Violation::ThirdParty { host, to });
         }
         self.check_idle(

@@ -66,7 +66,7 @@ impl World {
     /// A relayed datagram on its way to the server.
     pub(super) fn relay(&mut self, host: usize, server: ServerId, message: Bytes) {
         self.judge.note_relayed(host, self.clock.now());
-        self.trace(|| format!("{host} sends {} bytes to relay {}", message.len(), server.0));
+        self.trace(|trace| format!("{host} sends {} by relay {}", trace.describe_relayed(&message), server.0));
         if let Some(id) = self.carrier_of.get(&(host, server)).copied() {
             self.push_relayed(id, true, message);
         }
@@ -98,7 +98,7 @@ impl World {
             return;
         }
         self.carrier_of.remove(&(host, carrier.server_id));
-        self.trace(|| format!("{host} loses its session with {server}: {reason}"));
+        self.trace(|_| format!("{host} loses its session with {server}: {reason}"));
         if let Some(agent) = self.agent_of(host, carrier.run) {
             agent.handle_disconnected(carrier.server_id, reason, now);
             self.touch(host);

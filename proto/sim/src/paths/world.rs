@@ -14,6 +14,7 @@ use mesh_proto::wire::stun;
 
 use super::judge::{Judge, Talk};
 use super::plan::{BUSY, Fault, Plan, PlannedServer, STUN_PORTS, Uplink};
+use super::trace::Trace;
 use super::{Options, Outcome, socket};
 use crate::clock::Clock;
 use crate::host::{Effect, Host};
@@ -120,7 +121,7 @@ pub(super) struct World {
     resume_at: Option<Instant>,
     ended: bool,
     events: u64,
-    trace: Vec<String>,
+    trace: Trace,
 }
 
 impl World {
@@ -203,8 +204,11 @@ impl World {
             resume_at: plan.resume_at.map(at),
             ended: false,
             events: 0,
-            trace: Vec::new(),
+            trace: Trace::default(),
         };
+        if options.traces {
+            world.trace = Trace::new(world.machines.iter().map(|machine| &machine.host));
+        }
         world.note_addresses();
         world
     }
@@ -230,7 +234,7 @@ impl World {
             violations: summary.violations,
             delivered: summary.delivered,
             events: self.events,
-            trace: self.trace,
+            trace: self.trace.into_lines(),
         }
     }
 
@@ -333,6 +337,7 @@ impl World {
                 self.carry_out(host, effect);
             }
         }
+        self.trace_routes(host);
         let machine = &mut self.machines[host];
         let Some((at, _)) = machine.host.agent.as_ref().and_then(|agent| agent.poll_timeout()) else {
             return;
@@ -364,7 +369,7 @@ impl World {
                 if let Some(packet) = Packet::decode(&packet) {
                     let sender = usize::from(packet.body.from);
                     let is_theirs = self.machines.get(sender).is_some_and(|machine| machine.host.key() == key);
-                    self.trace(|| format!("{host} has a packet of {sender} by {from}"));
+                    self.trace(|_| format!("{host} has a packet of {sender} by {from}"));
                     if is_theirs && packet.body.kind == Kind::Ping {
                         self.judge.note_delivered(sender, host, packet.body.sent, from, self.clock.now());
                     }
@@ -382,10 +387,10 @@ impl World {
         self.judge.note_datagram(host, to, &bytes, now);
         let Some(source) = source else { return };
         let flight = self.internet.send(network, socket(source), to, ttl.unwrap_or(DEFAULT_TTL), now);
-        self.trace(|| {
-            let what = describe(&bytes);
+        self.trace(|trace| {
+            let what = trace.describe(&bytes);
             match &flight {
-                Some(flight) => format!("{host} sends {what} to {to} as {}", flight.source),
+                Some(flight) => format!("{host} sends {what} to {to} as {} (ttl {ttl:?})", flight.source),
                 None => format!("{host} sends {what} to {to}, lost on its way out (ttl {ttl:?})"),
             }
         });
@@ -405,7 +410,7 @@ impl World {
         };
         let delays = self.links.carry(from, place_of(node));
         if delays[0].is_none() {
-            self.trace(|| format!("lost between {} and {}", flight.source, flight.destination));
+            self.trace(|_| format!("lost between {} and {}", flight.source, flight.destination));
         }
         for delay in delays.into_iter().flatten() {
             self.clock.after(delay, Event::Datagram { flight, bytes: bytes.clone() });
@@ -415,9 +420,8 @@ impl World {
     fn arrive(&mut self, flight: Flight, bytes: Bytes) {
         let now = self.clock.now();
         let Some(arrival) = self.internet.arrive(flight, now) else {
-            self.trace(|| {
-                format!("{} from {} to {} is not let in", describe(&bytes), flight.source, flight.destination)
-            });
+            let Flight { source, destination, .. } = flight;
+            self.trace(|trace| format!("{} from {source} to {destination} is not let in", trace.describe(&bytes)));
             return;
         };
         let (source, at) = (arrival.source, arrival.destination);
@@ -426,7 +430,7 @@ impl World {
                 if self.machines[host].suspended_until.is_some() || at != socket(at.ip()) {
                     return;
                 }
-                self.trace(|| format!("{host} gets {} from {source}", describe(&bytes)));
+                self.trace(|trace| format!("{host} gets {} from {source}", trace.describe(&bytes)));
                 self.machines[host].host.receive(&bytes, source, now);
                 self.touch(host);
             }
@@ -551,9 +555,15 @@ impl World {
         self.judge.note_servers(servers.flatten().collect());
     }
 
-    pub(super) fn trace(&mut self, line: impl FnOnce() -> String) {
-        if self.options.traces {
-            self.trace.push(format!("{:>10.6} {}", self.clock.now().since_origin().as_secs_f64(), line()));
+    pub(super) fn trace(&mut self, line: impl FnOnce(&Trace) -> String) {
+        self.trace.note(self.clock.now(), line);
+    }
+
+    fn trace_routes(&mut self, host: usize) {
+        let others = if self.trace.is_on() { self.machines.len() } else { 0 };
+        for other in (0..others).filter(|other| *other != host) {
+            let route = self.machines[host].host.engine.data_targets(&self.machines[other].host.key());
+            self.trace.note_route(self.clock.now(), host, other, route);
         }
     }
 
@@ -567,16 +577,6 @@ fn place_of(node: Node) -> Place {
         Node::Host(host) => Place::Host(host),
         Node::Server(server) => Place::Server(server),
         Node::Router(router) => Place::Router(router.number()),
-    }
-}
-
-fn describe(datagram: &[u8]) -> &'static str {
-    match datagram.first() {
-        Some(1) if datagram.len() == 148 => "an initiation",
-        Some(2) if datagram.len() == 92 => "a response",
-        Some(4) => "data",
-        Some(0x8d) => "a probe",
-        _ => "STUN",
     }
 }
 
