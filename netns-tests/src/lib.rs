@@ -25,6 +25,8 @@ pub mod nat;
 pub mod nft;
 mod packet;
 pub mod process;
+pub mod proxy;
+pub mod roaming;
 pub mod snapshot;
 pub mod traffic;
 pub mod wait;

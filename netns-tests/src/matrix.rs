@@ -19,7 +19,7 @@ use crate::{
     Lab,
     binaries::Binaries,
     matrix::{
-        pair::Bench,
+        pair::{Bench, BenchOptions},
         report::{Hard, Report, Row},
     },
     nat::{Kind, Ports, oracle::Pair},
@@ -97,7 +97,11 @@ pub struct Options {
 /// Runs the matrix. Fails only when no lab could be made; what a pair did wrong is in its row, and why on stderr.
 pub fn run(binaries: &Binaries, options: &Options) -> Result<Report> {
     let start = Instant::now();
-    let mut bench = Bench::build(Lab::new()?, binaries, options.delay, options.ports)?;
+    let mut bench = Bench::build(
+        Lab::new()?,
+        binaries,
+        &BenchOptions { delay: options.delay, ports: options.ports, ..BenchOptions::default() },
+    )?;
     let mut report = Report::default();
     for pair in options.selection.pairs() {
         let patience = match pair.expect() {

@@ -41,7 +41,7 @@ pub struct Answer {
 impl Process {
     /// Starts `command` inside `host`; its output goes to `log_stem`.out and `.err`, appended.
     ///
-    /// The child sees only PATH, `MESHSPAN_LOG` and `RUST_BACKTRACE` of this process's environment.
+    /// The child sees only PATH, `MESHSPAN_LOG` and `RUST_BACKTRACE` of this process's environment, and what `command` sets.
     pub fn start(host: &Host, mut command: Command, log_stem: &Path) -> Result<Self> {
         let what = command.get_program().to_string_lossy().rsplit('/').next().unwrap_or_default().to_owned();
         let (stdout, stderr) = (log_stem.with_extension("out"), log_stem.with_extension("err"));
@@ -151,7 +151,8 @@ fn append(path: &Path) -> Result<File> {
 }
 
 fn clean_environment(command: &mut Command) {
-    command.env_clear();
+    let own: Vec<_> = command.get_envs().filter_map(|(key, value)| Some((key.to_owned(), value?.to_owned()))).collect();
+    command.env_clear().envs(own);
     for key in ["PATH", "MESHSPAN_LOG", "RUST_BACKTRACE"] {
         if let Some(value) = std::env::var_os(key) {
             command.env(key, value);

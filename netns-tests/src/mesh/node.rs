@@ -38,6 +38,8 @@ pub struct Node {
     pub address: IpAddr,
     /// Written by [`Node::write_config`].
     pub config: NodeConfig,
+    /// More variables for the agent's environment.
+    pub environment: BTreeMap<String, String>,
     /// Set when the mesh has formed.
     pub overlay: Option<(Ipv4Addr, Ipv6Addr)>,
     program: PathBuf,
@@ -76,6 +78,7 @@ pub struct StatusProblem {
 pub struct StatusNode {
     pub id: String,
     pub state: String,
+    pub listen_port: u16,
     pub overlay_v4: Option<Ipv4Addr>,
     pub overlay_v6: Option<Ipv6Addr>,
     #[serde(default)]
@@ -115,6 +118,7 @@ impl Node {
             pods: Vec::new(),
             address,
             config,
+            environment: BTreeMap::new(),
             overlay: None,
             program: binaries.agent.clone(),
             dir: dir.to_owned(),
@@ -166,7 +170,9 @@ impl Node {
 
     /// Executes `mesh-agent run`; does not wait for it to be ready.
     pub fn start(&mut self) -> Result<()> {
-        self.process = Some(Process::start(&self.host, self.command("run"), &self.log_stem())?);
+        let mut command = self.command("run");
+        command.envs(&self.environment);
+        self.process = Some(Process::start(&self.host, command, &self.log_stem())?);
         Ok(())
     }
 
@@ -211,10 +217,20 @@ impl Node {
 
     /// Has the agent read its config again.
     pub fn reload(&self) -> Result<()> {
-        self.process
-            .as_ref()
-            .with_context(|| format!("the agent of {} does not run", self.name()))?
-            .signal(Signal::SIGHUP)
+        self.signal(Signal::SIGHUP)
+    }
+
+    /// Stops the agent's time, as suspending the machine does to it.
+    pub fn suspend(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    pub fn resume(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.as_ref().with_context(|| format!("the agent of {} does not run", self.name()))?.signal(signal)
     }
 
     /// Writes the one boolean and reloads.

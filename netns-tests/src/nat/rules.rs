@@ -51,6 +51,18 @@ pub fn none() -> Vec<Table> {
     ]
 }
 
+/// A network that has only a proxy on its router, at this TCP port: nothing is forwarded.
+pub fn proxy_only(port: u16) -> Vec<Table> {
+    let mut tables = tables(Router::UdpBlocked, &Options::default());
+    for chain in &mut tables[0].chains {
+        match chain.hook {
+            Hook::Forward => chain.rules.clear(),
+            _ => chain.rules.push(Rule::new().from_links_of(LAN).protocol(TCP).destination_port(port).accept()),
+        }
+    }
+    tables
+}
+
 pub fn tables(router: Router, options: &Options) -> Vec<Table> {
     vec![firewall(router, options), translation(router, options)]
 }

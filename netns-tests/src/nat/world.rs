@@ -28,6 +28,7 @@ use crate::{
     Host, Lab,
     impair::{Impairment, Wire},
     link::{MAIN_TABLE, To, connect},
+    nft::rules::{Chain, ChainType, Family, Hook, Rule, Table, Verdict},
     traffic::first_reply,
     wait::LOOK_EVERY,
 };
@@ -111,6 +112,21 @@ impl World {
             sites.push(Site::build(&mut lab, &internet, number, &options)?);
         }
         Ok(Self { internet, server, sites, options, lab })
+    }
+
+    /// Has the internet lose everything between two outer addresses, or nothing any more.
+    pub fn cut_between(&self, cut: Option<[Ipv4Addr; 2]>) -> Result<()> {
+        let rules = |[a, b]: [Ipv4Addr; 2]| vec![Rule::new().between(a, b).drop(), Rule::new().between(b, a).drop()];
+        let chain = |ends| Chain {
+            name: "forw",
+            kind: ChainType::Filter,
+            hook: Hook::Forward,
+            priority: 0,
+            policy: Verdict::Accept,
+            rules: rules(ends),
+        };
+        let chains = cut.map(chain).into_iter().collect();
+        self.internet.load_rules(&[Table { family: Family::Ip, name: "cut", sets: Vec::new(), chains }])
     }
 
     /// The wires of every site from now on.

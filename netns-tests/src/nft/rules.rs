@@ -2,6 +2,8 @@
 //!
 //! Speaks of rules as the manual of nftables does, and only of the parts that the lab's routers need.
 
+use std::net::Ipv4Addr;
+
 use anyhow::{Context, Result};
 
 use super::{
@@ -154,8 +156,12 @@ impl Rule {
         self.meta(META_L4PROTO).equals(&[protocol])
     }
 
-    pub fn source_port(self, port: u16) -> Self {
-        self.load(&[Field::SourcePort], 0).equals(&port.to_be_bytes())
+    /// Of a packet of IPv4; in a chain of the family `ip`.
+    pub fn between(self, source: Ipv4Addr, destination: Ipv4Addr) -> Self {
+        self.load(&[Field::SourceAddress], 0)
+            .equals(&source.octets())
+            .load(&[Field::DestinationAddress], 0)
+            .equals(&destination.octets())
     }
 
     pub fn destination_port(self, port: u16) -> Self {
@@ -185,22 +191,18 @@ impl Rule {
         self.load(fields, 0).add("lookup", Attributes::new().text(1, set).number(2, SLOT))
     }
 
-    /// One packet of `of`, by chance.
-    pub fn by_chance(self, hits: u32, of: u32) -> Self {
-        const RANDOM: u32 = 1;
-        const LESS: u32 = 2;
-        self.add("numgen", Attributes::new().number(1, SLOT).number(2, of).number(3, RANDOM))
-            // Compared as bytes, so in network order.
-            .add("byteorder", Attributes::new().number(1, SLOT).number(2, SLOT).number(3, 1).number(4, 4).number(5, 4))
-            .compare(LESS, &hits.to_be_bytes())
-    }
-
     pub fn accept(self) -> Self {
         self.verdict(Verdict::Accept)
     }
 
     pub fn drop(self) -> Self {
         self.verdict(Verdict::Drop)
+    }
+
+    /// Drops a packet of TCP and tells its sender that the connection is no more.
+    pub fn reset(self) -> Self {
+        const TCP_RESET: u32 = 1;
+        self.add("reject", Attributes::new().number(1, TCP_RESET))
     }
 
     /// Adds an element or makes it young again; the value of one that is there stays.

@@ -1,4 +1,4 @@
-//! The matrix believes wires only: what flows in clear, over the server, or with gaps is seen and called so.
+//! What judges paths believes wires only: what flows in clear, over the server, or with gaps is seen and called so.
 //!
 //! No agent runs here: shell scripts stand in for the programs, hosts reach each other in clear, and the tests send what
 //! a tunnel and a relay would.
@@ -6,7 +6,8 @@
 
 use std::{
     fs,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     os::unix::fs::PermissionsExt,
     path::Path,
     sync::{
@@ -24,14 +25,21 @@ use netns_tests::{
     impair::Impairment,
     link::{MAIN_TABLE, To},
     matrix::{
-        judge::{Evidence, Got, PER_SECOND, Verdict},
-        pair::Bench,
+        judge::{self, Evidence, Got, PER_SECOND},
+        pair::{Bench, BenchOptions, LAST, Place, Watched},
     },
     nat::{
-        Kind, Ports,
+        Kind,
+        classify::Reflector,
         oracle::{Expect, Pair},
+        rules,
         world::SERVER,
     },
+    nft::rules::{Chain, ChainType, Family, Hook, Rule, TCP, Table, Verdict},
+    proxy::Proxy,
+    roaming::gap,
+    traffic::{Chat, first_reply},
+    wait,
 };
 
 const DELAY: Duration = Duration::from_millis(5);
@@ -57,7 +65,9 @@ fn stand_ins(dir: &Path) -> Binaries {
 
 /// Two open sites whose hosts have overlay addresses that the internet carries in clear.
 fn in_clear(dir: &Path) -> Bench {
-    let mut bench = Bench::build(Lab::new().unwrap(), &stand_ins(dir), DELAY, Ports::Kept).unwrap();
+    let mut bench =
+        Bench::build(Lab::new().unwrap(), &stand_ins(dir), &BenchOptions { delay: DELAY, ..BenchOptions::default() })
+            .unwrap();
     for (index, last) in [(0, 10), (1, 20)] {
         let (site, node) = (&bench.world.sites[index], &mut bench.nodes[index]);
         site.attach(&node.host, last, false).unwrap();
@@ -116,7 +126,7 @@ fn tunnel(bench: &Bench) -> [Flow; 2] {
         .map(|(from, to)| Flow::start(&bench.nodes[from].host, (bench.nodes[to].address, 9).into(), datagram.clone()))
 }
 
-fn judge(evidence: &Evidence, expect: Expect) -> Verdict {
+fn judge(evidence: &Evidence, expect: Expect) -> judge::Verdict {
     evidence.judge(expect, Duration::from_secs(1))
 }
 
@@ -161,4 +171,105 @@ fn a_gap_at_the_switch_is_counted() {
     assert!(verdict.lost_on_switch.unwrap() > 0, "{verdict:?}");
     assert!(verdict.faults.iter().any(|fault| fault.contains("of the switch")), "{verdict:?}");
     drop(flows);
+}
+
+const SOON: Duration = Duration::from_secs(5);
+const PLACES: [Place; 2] = [Place { site: 0, last: LAST[0] }, Place { site: 1, last: LAST[1] }];
+
+#[test]
+fn a_dead_path_is_a_gap_as_long_as_it_was_dead() {
+    if enter_or_skip("a_dead_path_is_a_gap_as_long_as_it_was_dead") == Entry::Handled {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let bench = in_clear(dir.path());
+    let answered = |count: usize, watched: &Watched| {
+        wait::until_true("answers", SOON, || Ok(gap::answers(&watched.beats()).count() >= count)).unwrap();
+    };
+    let watched = bench.watch([0, 1], PLACES).unwrap();
+    let chat = Chat::start(&bench.nodes[0].host, &bench.nodes[1].host, OVERLAY[1].into()).unwrap();
+    answered(100, &watched);
+    let event = Instant::now();
+    // In clear, questions come from the host's own address.
+    let asks = bench.world.sites[0].inner_address(LAST[0]);
+    bench.world.cut_between(Some([asks, OVERLAY[1]])).unwrap();
+    // What the pair loses the server does not.
+    let to_server = IpAddr::from(SERVER[0]);
+    first_reply(&bench.nodes[0].host, to_server, b"still there", Duration::from_millis(50), SOON).unwrap();
+    wait::until_true("a second to pass", SOON, || Ok(event.elapsed() >= Duration::from_secs(1))).unwrap();
+    let back = Instant::now();
+    bench.world.cut_between(None).unwrap();
+    wait::until_true("TCP to flow again", SOON, || Ok(chat.answered().last().is_some_and(|at| *at > back))).unwrap();
+    answered(200, &watched);
+    chat.stop().unwrap();
+    let end = Instant::now();
+    let beats = watched.stop().unwrap().beats;
+    let gap = gap::longest_gap(gap::answers(&beats), event, end);
+    assert!((Duration::from_secs(1)..Duration::from_millis(1500)).contains(&gap), "{gap:?}");
+    let lost = gap::lost_since(&beats, event);
+    assert!((150..300).contains(&lost), "{lost}");
+}
+
+#[test]
+fn a_connection_that_broke_is_named() {
+    if enter_or_skip("a_connection_that_broke_is_named") == Entry::Handled {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let bench = in_clear(dir.path());
+    let chat = Chat::start(&bench.nodes[0].host, &bench.nodes[1].host, OVERLAY[1].into()).unwrap();
+    wait::until_true("answers", SOON, || Ok(chat.answered().len() > 3)).unwrap();
+    let reset = Chain {
+        name: "forw",
+        kind: ChainType::Filter,
+        hook: Hook::Forward,
+        priority: 0,
+        policy: Verdict::Accept,
+        rules: vec![Rule::new().protocol(TCP).reset()],
+    };
+    let table = Table { family: Family::Ip, name: "reset", sets: Vec::new(), chains: vec![reset] };
+    bench.world.sites[0].home.load_rules(&[table]).unwrap();
+    // The connection may break before it is told to end.
+    let seen = chat.answered().len();
+    wait::until_true("answers to end", SOON, || {
+        let start = Instant::now();
+        let now = chat.answered().len();
+        wait::until_true("some time", SOON, || Ok(start.elapsed() >= Duration::from_millis(100)))?;
+        Ok(now >= seen && chat.answered().len() == now)
+    })
+    .unwrap();
+    let broken = chat.stop().unwrap_err();
+    assert!(format!("{broken:#}").contains("the connection broke"), "{broken:#}");
+}
+
+#[test]
+fn a_network_with_a_proxy_lets_nothing_else_out() {
+    if enter_or_skip("a_network_with_a_proxy_lets_nothing_else_out") == Entry::Handled {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let bench = in_clear(dir.path());
+    let (site, host) = (&bench.world.sites[0], &bench.nodes[0].host);
+    let reflector = Reflector::start(&bench.world.server, SERVER.map(Into::into)).unwrap();
+    assert!(reflector.tcp_passes(host, 443).unwrap());
+    site.home.load_rules(&rules::proxy_only(3128)).unwrap();
+    site.home.flush_connections().unwrap();
+    assert!(!reflector.tcp_passes(host, 443).unwrap());
+    assert_eq!(reflector.classify(host).unwrap(), None);
+
+    let proxy = Proxy::start(&site.home, (site.inner_address(1), 3128).into()).unwrap();
+    let ask = |request: &str| {
+        host.inside(|| {
+            let mut stream = TcpStream::connect_timeout(&proxy.address, SOON)?;
+            stream.set_read_timeout(Some(SOON))?;
+            write!(stream, "{request}\r\n\r\n")?;
+            let mut answer = [0; 12];
+            stream.read_exact(&mut answer)?;
+            Ok(String::from_utf8_lossy(&answer).into_owned())
+        })
+        .unwrap()
+    };
+    assert_eq!(ask("CONNECT 5.0.0.2:443 HTTP/1.1"), "HTTP/1.1 200");
+    assert_eq!(ask("CONNECT 5.0.0.2:9 HTTP/1.1"), "HTTP/1.1 502");
+    assert_eq!(ask("GET / HTTP/1.1"), "HTTP/1.1 405");
 }
