@@ -196,7 +196,9 @@ impl<'a> Node<'a> {
                 (server, event) = self.carriers.next() => {
                     let now = clock::now();
                     match event {
-                        CarrierEvent::Connected { exporter, .. } => self.agent.handle_connected(server, exporter, Vec::new(), now),
+                        CarrierEvent::Connected { exporter, addresses, .. } => {
+                            self.agent.handle_connected(server, exporter, addresses, now);
+                        }
                         CarrierEvent::Message(message) => self.agent.handle_message(server, &message, now),
                         CarrierEvent::Closed(reason) => self.agent.handle_disconnected(server, &reason, now),
                     }
@@ -288,7 +290,7 @@ impl<'a> Node<'a> {
             }
             AgentEvent::SetRoute(peer, route) => self.engine.set_route(&peer, &route),
             AgentEvent::SendRaw { to, bytes, ttl } => self.engine.send_raw(to, &bytes, ttl),
-            AgentEvent::SendRelay { server, message } => self.carriers.send(server, message),
+            AgentEvent::SendRelay { server, message } => self.carriers.send_relay(server, message),
             AgentEvent::Relayed { server, peer, datagram } => self.engine.handle_relayed(&peer, server, &datagram),
             AgentEvent::Echoed { .. } => {}
             AgentEvent::StartHandshake(peer) => {
@@ -387,7 +389,7 @@ impl<'a> Node<'a> {
         }
         for (peer, server, datagram) in self.engine.take_relayed() {
             if let Some(message) = self.agent.relay(server, &peer, &datagram) {
-                self.carriers.send(server, message);
+                self.carriers.send_relay(server, message);
             }
         }
     }
