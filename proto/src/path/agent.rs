@@ -35,7 +35,7 @@ const HANDSHAKE_TRUST: Duration = Duration::from_secs(1);
 /// Tunnel data moved within this long: the path is watched closely.
 pub(super) const ACTIVE: Duration = Duration::from_secs(10);
 /// Tunnel data moved within this long: the path is watched.
-pub(super) const WARM: Duration = Duration::from_secs(45);
+pub(super) const WARM: Duration = Duration::from_secs(30);
 /// A relay that does not reach the peer is asked again after this.
 const ABSENT: Duration = Duration::from_secs(10);
 
@@ -131,6 +131,7 @@ pub struct PathAgent {
     pub(super) wanted_direct_since: Option<Instant>,
     pub(super) last_call_answer: Option<Instant>,
     pub(super) pongs: BTreeMap<Endpoint, super::exchange::Budget>,
+    pub(super) ping_backs: Option<super::exchange::Budget>,
 
     pub(super) last_switch: Option<Switch>,
     pub(super) switches: u64,
@@ -194,6 +195,7 @@ impl PathAgent {
             wanted_direct_since: None,
             last_call_answer: None,
             pongs: BTreeMap::new(),
+            ping_backs: None,
             last_switch: None,
             switches: 0,
             probes_sent: 0,

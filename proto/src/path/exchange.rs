@@ -23,7 +23,10 @@ pub(super) const PING_BACK: Duration = Duration::from_millis(100);
 /// A call is answered at most this often.
 const CALL_ANSWER: Duration = Duration::from_millis(200);
 
-/// Pongs to one source within the second that began then.
+/// New sources of a peer that are pinged back within a second.
+const PING_BACKS_PER_SECOND: u32 = 8;
+
+/// What was sent within the second that began then.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Budget {
     since: Instant,
@@ -60,18 +63,38 @@ impl PathAgent {
         self.take_heard(from, heard, now);
         let Some(at) = from.direct() else { return };
         let is_new = self.remotes.observe(at, self.primary.and_then(Endpoint::direct), now);
-        let is_warm = self.is_warm(now);
-        if is_new && is_warm && self.round.is_some() {
-            // The round pings it back.
-            self.join_round(now);
+        if !self.may_ping_back(from, now) {
             return;
+        }
+        if is_new && self.round.is_some() {
+            // The round pings it back.
+            return self.join_round(now);
         }
         let track = self.track(from);
         let is_proven = track.is_trusted(now) && track.last_pong.is_some_and(|pong| now.since(pong) < PING_FRESH);
         let was_pinged = track.last_ping.is_some_and(|ping| now.since(ping) < PING_BACK);
-        if !is_proven && !was_pinged && (is_warm || is_new || track.last_pong.is_none()) {
+        if !is_proven && !was_pinged {
             self.ping(from, Purpose::Check, now);
         }
+    }
+
+    /// Behind NATs that map each destination anew, each ping of one side shows the other a new source: without a wish for a
+    /// path, or with one as good, an answer is enough. Otherwise two such nodes would ping each other for ever.
+    fn may_ping_back(&mut self, from: Endpoint, now: Instant) -> bool {
+        let is_wanted = match self.primary.filter(|_| self.is_direct_trusted(now)) {
+            Some(primary) => primary == from || self.tier_of(from) < self.tier_of(primary),
+            None => true,
+        };
+        if !is_wanted || !self.is_warm(now) {
+            return false;
+        }
+        if self.tracks.get(&from).is_some_and(|track| track.last_pong.is_some()) {
+            return true;
+        }
+        let budget = self.ping_backs.filter(|budget| now.since(budget.since) < Duration::from_secs(1));
+        let budget = self.ping_backs.insert(budget.unwrap_or(Budget { since: now, spent: 0 }));
+        budget.spent += 1;
+        budget.spent <= PING_BACKS_PER_SECOND
     }
 
     pub(super) fn take_pong(&mut self, from: Endpoint, id: u32, heard: u32, now: Instant) {

@@ -49,7 +49,8 @@ impl PathAgent {
             self.rounds_in_vain += 1;
             self.start_round(now);
         }
-        let Some(mut round) = self.round.take() else { return };
+        // Nobody looks for a path any more.
+        let Some(mut round) = self.round.take().filter(|_| self.is_warm(now)) else { return };
         let proven = self.tier_proven_since(round.started, now);
         if let Some(best) = proven {
             let is_compared = now.since(round.started) < COMPARED_FOR;
