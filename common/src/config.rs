@@ -10,6 +10,7 @@
 
 mod edit;
 mod error;
+mod proxy;
 mod read;
 mod scalar;
 mod tree;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 pub use edit::{EditError, set_cluster, set_enabled};
 pub use error::{ConfigError, ConfigErrors, Place};
+pub use proxy::ProxyUrl;
 pub use values::{ClusterId, EndpointFilter, ExpectedValue, FilterEntry, HostPort, InterfaceName, Pin, ServerEndpoint};
 
 use crate::addr::OVERLAY_V4_POOL;
@@ -100,6 +102,11 @@ pub struct Mesh {
     /// Members this node has nothing to do with. Default none.
     #[serde(serialize_with = "ids_as_text")]
     pub deny_nodes: BTreeSet<NodeId>,
+    /// An HTTP proxy that connections to discovery servers may take. Default: what the environment names.
+    ///
+    /// Of the node, not of a server: what is said of servers travels in tokens, and a proxy's credentials must not.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "option_as_text")]
+    pub proxy: Option<ProxyUrl>,
 }
 
 impl Default for Mesh {
@@ -120,6 +127,7 @@ impl Default for Mesh {
             static_peers: Vec::new(),
             filters: Filters::default(),
             deny_nodes: BTreeSet::new(),
+            proxy: None,
         }
     }
 }

@@ -5,6 +5,7 @@ mod server {
     mod hostile;
     mod keys;
     mod process;
+    mod proxy;
     mod readme;
     mod relay;
     mod sessions;

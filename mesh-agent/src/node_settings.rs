@@ -11,7 +11,7 @@ use mesh_proto::mesh::settings::{ServerSettings, Settings, StaticPeer};
 
 use tokio::time::timeout;
 
-use crate::io::session::ServerAddress;
+use crate::io::session::{ServerAddress, proxy};
 use crate::secrets;
 
 /// The event loop waits for a reload: no name may hold it up for long.
@@ -65,6 +65,7 @@ pub fn servers(config: &Config) -> Vec<ServerAddress> {
         host: server.endpoint.host().to_owned(),
         port: server.endpoint.port(),
         pin: server.pin.0,
+        proxy: config.mesh.proxy.clone().or_else(|| proxy::from_environment(server.endpoint.authority())),
     };
     config.discovery.iter().map(address).collect()
 }

@@ -12,7 +12,7 @@ use super::tree::{Node, Value, parse as parse_tree};
 use super::values::{ExpectedValue, parse_keepalive};
 use super::{
     AgentSettings, ClusterId, Config, DiscoveryServer, EndpointFilter, FilterEntry, InterfaceName, LogFormat, Mesh,
-    SecretSource, StaticPeer,
+    ProxyUrl, SecretSource, StaticPeer,
 };
 use crate::addr::check_prefix;
 use crate::host_name::HostName;
@@ -37,6 +37,7 @@ const MESH: &[&str] = &[
     "staticPeers",
     "filters",
     "denyNodes",
+    "proxy",
 ];
 const STATIC_PEER: &[&str] = &["name", "publicKey", "endpoint", "allowedIPs", "presharedKeyFile", "keepalive"];
 const CLUSTER: &[&str] = &["id", "secretFile", "secret"];
@@ -77,6 +78,7 @@ struct Draft {
     static_peers: Option<Setting<Vec<StaticPeer>>>,
     endpoint_filter: Option<Setting<Vec<FilterEntry>>>,
     deny_nodes: Option<Setting<Vec<NodeId>>>,
+    proxy: Option<Setting<ProxyUrl>>,
     cluster_id: Option<Setting<ClusterId>>,
     secret: Option<Setting<SecretSource>>,
     discovery: Option<Setting<Vec<DiscoveryServer>>>,
@@ -170,6 +172,7 @@ impl Draft {
         set(reader, |r| r.text(mesh, "overlayIPv4Pool", parse_pool), &mut self.overlay_v4_pool);
         set(reader, |r| r.boolean(mesh, "allowWidePrefixes"), &mut self.allow_wide_prefixes);
         set(reader, |r| r.list(mesh, "denyNodes", str::parse::<NodeId>), &mut self.deny_nodes);
+        set(reader, |r| r.text(mesh, "proxy", str::parse::<ProxyUrl>), &mut self.proxy);
         if let Some(node) = mesh.get("staticPeers") {
             let key = mesh.path_of("staticPeers");
             let value = self.static_peers(reader, node, &key);
@@ -254,6 +257,7 @@ impl Draft {
             static_peers: self.static_peers.map(value).unwrap_or_default(),
             filters: super::Filters { endpoints: EndpointFilter(self.endpoint_filter.map(value).unwrap_or_default()) },
             deny_nodes: self.deny_nodes.map(value).unwrap_or_default().into_iter().collect(),
+            proxy: self.proxy.map(value),
         };
         let discovery = self.discovery.map(value).unwrap_or_default();
         if mesh.enabled && discovery.is_empty() && mesh.static_peers.is_empty() {

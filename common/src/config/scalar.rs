@@ -185,7 +185,8 @@ impl<'t> Reader<'t> {
 
 /// Keys whose value is a secret, or where people put one by mistake.
 fn may_hold_secret(path: &str) -> bool {
-    path == "cluster" || path.ends_with("secret") || path.ends_with("secretFile") || path.ends_with("presharedKeyFile")
+    path == "cluster"
+        || ["secret", "secretFile", "presharedKeyFile", "mesh.proxy"].iter().any(|secret| path.ends_with(secret))
 }
 
 /// Text for a message: short, no control characters, and nothing that could be a join token or a key.

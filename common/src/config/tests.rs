@@ -56,6 +56,7 @@ mesh:
   filters:
     endpoints: ["0.0.0.0/0", "!192.168.0.0/16"]
   denyNodes: ["0101010101010101010101010101010101010101010101010101010101010101"]
+  proxy: "http://proxy.example:3128"
 cluster: { id: "ho/me+=", secret: Y2FuYXJ5LWNhbmFyeS1jYW5hcnktY2FuYXJ5LTAxMjM= }
 discovery:
   - endpoint: https://disc.example:7443
@@ -128,6 +129,10 @@ fn each_mistake_gets_its_message() {
         (
             mesh("  hostName: Node.1"),
             "line 2, column 13: `mesh.hostName` is \"Node.1\", a host name is 1 to 63 of a-z, 0-9 and '-', without '-' at either end",
+        ),
+        (
+            mesh("  proxy: https://joe:pass@proxy.example"),
+            "line 2, column 10: `mesh.proxy` is (hidden), it must be http://host:port or http://user:password@host:port, with special characters as %XX",
         ),
         (
             mesh("  interfaceName: lo"),

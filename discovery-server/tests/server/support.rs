@@ -135,7 +135,7 @@ impl Running {
     }
 
     pub(crate) fn address(&self) -> ServerAddress {
-        ServerAddress { host: "127.0.0.1".to_owned(), port: self.port, pin: self.pin }
+        ServerAddress { host: "127.0.0.1".to_owned(), port: self.port, pin: self.pin, proxy: None }
     }
 
     pub(crate) fn socket(&self) -> SocketAddr {

@@ -1,7 +1,7 @@
 //! Carriers to a discovery server: QUIC and WebSocket over TLS, raced; the first that is up wins.
 //!
-//! QUIC goes first, TCP follows 200 ms later, and port 443 after the configured one, because many firewalls pass nothing
-//! else. A server is known by the pin of its public key: names and dates of certificates mean nothing here. Every socket
+//! QUIC goes first, TCP follows 200 ms later, a proxy where there is one 200 ms after that, and port 443 after the configured
+//! one, because many firewalls pass nothing else. A server is known by the pin of its public key: names and dates of certificates mean nothing here. Every socket
 //! carries the mark of our own traffic, so that the mesh's routes never catch it.
 
 use std::fmt;
@@ -12,15 +12,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use mesh_common::config::{DiscoveryServer, Pin};
+use mesh_common::config::{Pin, ProxyUrl};
 use mesh_common::limits::CONNECT_TIMEOUT;
 use quinn::Endpoint;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::relay_queue::RelayQueue;
 
 mod marked;
 mod pinned;
+pub mod proxy;
 mod quic;
 mod websocket;
 
@@ -28,6 +29,8 @@ mod websocket;
 const FALLBACK_PORT: u16 = 443;
 /// How long QUIC is alone.
 const TCP_DELAY: Duration = Duration::from_millis(200);
+/// How long the direct ways are alone.
+const PROXY_DELAY: Duration = Duration::from_millis(400);
 /// How long the configured port is alone.
 const FALLBACK_DELAY: Duration = Duration::from_millis(400);
 /// Between two addresses of one name.
@@ -44,6 +47,8 @@ pub struct ServerAddress {
     pub port: u16,
     /// SHA-256 of the server's public key (SPKI).
     pub pin: [u8; 32],
+    /// What TCP may take where it does not get through directly.
+    pub proxy: Option<ProxyUrl>,
 }
 
 /// Opens carriers. Made once, inside a tokio runtime: it owns the UDP sockets of all QUIC sessions, and clones share them.
@@ -130,6 +135,8 @@ pub enum DialError {
     NotTls { endpoint: String },
     #[error("{endpoint} answers but is not a discovery server ({reason}): check host and port")]
     NotADiscoveryServer { endpoint: String, reason: String },
+    #[error("the proxy {proxy} {reason}")]
+    Proxy { proxy: String, reason: String },
     #[error("{endpoint} closes connections during the handshake: is it a discovery server, is it overloaded?")]
     HungUp { endpoint: String },
 }
@@ -144,13 +151,25 @@ enum Failure {
     HungUp,
     NotTls,
     NotADiscoveryServer(String),
+    Proxy {
+        proxy: String,
+        reason: String,
+    },
     WrongPin([u8; 32]),
 }
 
 struct Attempt {
-    kind: CarrierKind,
-    to: SocketAddr,
+    way: Way,
+    port: u16,
     after: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Quic(IpAddr),
+    Tcp(IpAddr),
+    /// By TCP through the proxy, which resolves the server's name.
+    Proxy,
 }
 
 impl Dialer {
@@ -167,51 +186,69 @@ impl Dialer {
     /// Opens a carrier, or says within 5 s why not. Dropping the future ends all attempts.
     pub async fn dial(&self, server: &ServerAddress) -> Result<Carrier, DialError> {
         let mut deadline = Instant::now() + CONNECT_TIMEOUT;
-        let addresses = match timeout_at(deadline, resolve(server)).await {
-            Ok(resolved) => resolved.map_err(|e| server.unresolved(e.to_string()))?,
-            Err(_) => return Err(server.unresolved("no answer in time".to_owned())),
-        };
-        if addresses.is_empty() {
-            return Err(server.unresolved("it has no address".to_owned()));
+        let resolving = resolve(server);
+        tokio::pin!(resolving);
+        let mut addresses = None;
+        let mut racing = FuturesUnordered::new();
+        if server.proxy.is_some() {
+            racing.extend(plan_proxy(server.port).into_iter().map(|attempt| self.run(attempt, server)));
         }
-        let plan = plan(&addresses, server.port);
-        let mut tcp_left = plan.iter().filter(|attempt| attempt.kind == CarrierKind::WebSocket).count();
-        let mut racing: FuturesUnordered<_> =
-            plan.into_iter().map(|attempt| async move { (self.run(&attempt, server).await, attempt) }).collect();
+        let mut tcp_left = racing.len();
         let mut told: Option<Failure> = None;
-        // Both ways out mean the same: nobody won.
-        while let Ok(Some((outcome, attempt))) = timeout_at(deadline, racing.next()).await {
+        while addresses.is_none() || !racing.is_empty() {
+            let (outcome, attempt) = tokio::select! {
+                resolved = &mut resolving, if addresses.is_none() => {
+                    let found = match resolved {
+                        Ok(found) if !found.is_empty() => found,
+                        // The proxy may know the name.
+                        _ if server.proxy.is_some() => Vec::new(),
+                        Ok(_) => return Err(server.unresolved("it has no address".to_owned())),
+                        Err(error) => return Err(server.unresolved(error.to_string())),
+                    };
+                    let plan = plan(&found, server.port);
+                    tcp_left += plan.iter().filter(|attempt| matches!(attempt.way, Way::Tcp(_))).count();
+                    racing.extend(plan.into_iter().map(|attempt| self.run(attempt, server)));
+                    addresses = Some(found);
+                    continue;
+                }
+                Some(ended) = racing.next() => ended,
+                () = sleep_until(deadline) => break,
+            };
             let failure = match outcome {
-                Ok(carrier) => return Ok(Carrier { addresses, ..carrier }),
+                Ok(carrier) => return Ok(Carrier { addresses: addresses.unwrap_or_default(), ..carrier }),
                 Err(failure) => failure,
             };
-            tracing::debug!(kind = ?attempt.kind, to = %attempt.to, ?failure, "a carrier did not come up");
-            if attempt.to.port() == server.port {
+            tracing::debug!(way = ?attempt.way, port = attempt.port, ?failure, "a carrier did not come up");
+            if attempt.port == server.port {
                 told = told.max(Some(failure));
             }
-            if attempt.kind == CarrierKind::WebSocket {
+            if !matches!(attempt.way, Way::Quic(_)) {
                 tcp_left -= 1;
                 if tcp_left == 0 {
                     deadline = deadline.min(Instant::now() + QUIC_GRACE);
                 }
             }
         }
+        if addresses.is_none() && told.is_none() {
+            return Err(server.unresolved("no answer in time".to_owned()));
+        }
         // Silence on UDP says nothing, TCP attempts that are still open do.
         let silent = (tcp_left > 0).then_some(Failure::TimedOut);
         Err(server.explain(told.max(silent).unwrap_or(Failure::TimedOut)))
     }
 
-    async fn run(&self, attempt: &Attempt, server: &ServerAddress) -> Result<Carrier, Failure> {
+    async fn run(&self, attempt: Attempt, server: &ServerAddress) -> (Result<Carrier, Failure>, Attempt) {
         sleep(attempt.after).await;
-        match attempt.kind {
-            CarrierKind::Quic => {
-                let endpoint = if attempt.to.is_ipv4() { &self.v4 } else { &self.v6 };
-                let endpoint =
-                    endpoint.as_ref().ok_or_else(|| Failure::Unreachable("no such address family here".to_owned()))?;
-                quic::dial(endpoint, attempt.to, server).await
-            }
-            CarrierKind::WebSocket => websocket::dial(attempt.to, server).await,
-        }
+        let carrier = match (attempt.way, &server.proxy) {
+            (Way::Quic(ip), _) => match if ip.is_ipv4() { &self.v4 } else { &self.v6 } {
+                Some(endpoint) => quic::dial(endpoint, SocketAddr::new(ip, attempt.port), server).await,
+                None => Err(Failure::Unreachable("no such address family here".to_owned())),
+            },
+            (Way::Tcp(ip), _) => websocket::dial(SocketAddr::new(ip, attempt.port), server).await,
+            (Way::Proxy, Some(proxy)) => websocket::dial_through(proxy, attempt.port, server).await,
+            (Way::Proxy, None) => unreachable!("planned only where there is a proxy"),
+        };
+        (carrier, attempt)
     }
 }
 
@@ -257,13 +294,6 @@ impl RelayReceiver {
     }
 }
 
-impl From<&DiscoveryServer> for ServerAddress {
-    fn from(configured: &DiscoveryServer) -> Self {
-        let endpoint = &configured.endpoint;
-        Self { host: endpoint.host().to_owned(), port: endpoint.port(), pin: configured.pin.0 }
-    }
-}
-
 impl fmt::Display for ServerAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.host.contains(':') {
@@ -286,6 +316,7 @@ impl ServerAddress {
             Failure::Refused => DialError::NothingAnswers { endpoint, reason: "connection refused".to_owned() },
             Failure::Unreachable(reason) => DialError::NothingAnswers { endpoint, reason },
             Failure::HungUp => DialError::HungUp { endpoint },
+            Failure::Proxy { proxy, reason } => DialError::Proxy { proxy, reason },
             Failure::NotTls => DialError::NotTls { endpoint },
             Failure::NotADiscoveryServer(reason) => DialError::NotADiscoveryServer { endpoint, reason },
             Failure::WrongPin(found) => {
@@ -328,20 +359,26 @@ fn interleave(found: Vec<IpAddr>) -> Vec<IpAddr> {
 
 fn plan(addresses: &[IpAddr], port: u16) -> Vec<Attempt> {
     let mut plan = Vec::new();
-    let mut ports = vec![(port, Duration::ZERO)];
-    if port != FALLBACK_PORT {
-        ports.push((FALLBACK_PORT, FALLBACK_DELAY));
-    }
-    for (port, port_delay) in ports {
+    for (port, port_delay) in ports(port) {
         let mut after = port_delay;
         for ip in addresses {
-            let to = SocketAddr::new(*ip, port);
-            plan.push(Attempt { kind: CarrierKind::Quic, to, after });
-            plan.push(Attempt { kind: CarrierKind::WebSocket, to, after: after + TCP_DELAY });
+            plan.push(Attempt { way: Way::Quic(*ip), port, after });
+            plan.push(Attempt { way: Way::Tcp(*ip), port, after: after + TCP_DELAY });
             after += ADDRESS_DELAY;
         }
     }
     plan
+}
+
+fn plan_proxy(port: u16) -> Vec<Attempt> {
+    let attempt = |(port, after): (u16, Duration)| Attempt { way: Way::Proxy, port, after: after + PROXY_DELAY };
+    ports(port).map(attempt).collect()
+}
+
+/// The ports to try, and when.
+fn ports(port: u16) -> impl Iterator<Item = (u16, Duration)> {
+    let fallback = (port != FALLBACK_PORT).then_some((FALLBACK_PORT, FALLBACK_DELAY));
+    std::iter::once((port, Duration::ZERO)).chain(fallback)
 }
 
 #[cfg(test)]

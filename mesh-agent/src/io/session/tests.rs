@@ -5,7 +5,7 @@ use tokio::net::TcpListener;
 use super::*;
 
 fn server(host: &str, port: u16) -> ServerAddress {
-    ServerAddress { host: host.to_owned(), port, pin: [7; 32] }
+    ServerAddress { host: host.to_owned(), port, pin: [7; 32], proxy: None }
 }
 
 #[tokio::test]
@@ -50,20 +50,22 @@ async fn a_name_that_does_not_resolve_is_named() {
 }
 
 #[test]
-fn quic_goes_first_tcp_follows_and_port_443_comes_last() {
+fn quic_goes_first_tcp_follows_then_the_proxy_and_port_443_comes_last() {
     let addresses = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
     let order = |port| {
         let mut plan = plan(&addresses, port);
+        plan.extend(plan_proxy(port));
         plan.sort_by_key(|attempt| attempt.after);
-        plan.iter().map(|a| (a.kind, a.to.to_string(), a.after.as_millis())).collect::<Vec<_>>()
+        plan.iter().map(|a| (a.way, a.port, a.after.as_millis())).collect::<Vec<_>>()
     };
     let with_fallback = order(7443);
-    assert_eq!(with_fallback[0], (CarrierKind::Quic, "192.0.2.1:7443".to_owned(), 0));
-    assert_eq!(with_fallback[1], (CarrierKind::Quic, "[2001:db8::1]:7443".to_owned(), 100));
-    assert_eq!(with_fallback[2], (CarrierKind::WebSocket, "192.0.2.1:7443".to_owned(), 200));
-    assert_eq!(with_fallback.len(), 8);
-    assert!(with_fallback[4..].iter().all(|(_, to, _)| to.ends_with(":443")));
-    assert_eq!(order(443).len(), 4);
+    assert_eq!(with_fallback[0], (Way::Quic(addresses[0]), 7443, 0));
+    assert_eq!(with_fallback[1], (Way::Quic(addresses[1]), 7443, 100));
+    assert_eq!(with_fallback[2], (Way::Tcp(addresses[0]), 7443, 200));
+    assert!(with_fallback.contains(&(Way::Proxy, 7443, 400)));
+    assert_eq!(with_fallback[9], (Way::Proxy, 443, 800));
+    assert_eq!(with_fallback.iter().filter(|(_, port, _)| *port == 443).count(), 5);
+    assert_eq!(order(443).len(), 5);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt as _, StreamExt as _};
+use mesh_common::config::{HostPort, ProxyUrl};
 use mesh_common::limits::MAX_MESSAGE;
 use mesh_proto::wire::session::{ALPN, EXPORTER_LABEL, WEBSOCKET_PATH};
 use tokio::net::TcpStream;
@@ -23,7 +24,7 @@ use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 use super::pinned::{Pinned, sni};
 use super::{
     Carrier, CarrierError, CarrierKind, CarrierReceiver, CarrierSender, Failure, Receiving, Sending, ServerAddress,
-    marked,
+    marked, proxy,
 };
 
 const BUFFER: usize = 16 * 1024;
@@ -39,6 +40,16 @@ pub(super) struct Receiver(SplitStream<Socket>);
 
 pub(super) async fn dial(to: SocketAddr, server: &ServerAddress) -> Result<Carrier, Failure> {
     let stream = marked::connect(to).await.map_err(|error| unreachable(&error))?;
+    dial_over(stream, server).await
+}
+
+pub(super) async fn dial_through(proxy: &ProxyUrl, port: u16, server: &ServerAddress) -> Result<Carrier, Failure> {
+    let stream = proxy::connect(proxy, &HostPort { host: server.host.clone(), port }).await?;
+    dial_over(stream, server).await
+}
+
+async fn dial_over(stream: TcpStream, server: &ServerAddress) -> Result<Carrier, Failure> {
+    let remote = stream.peer_addr().map_err(|error| unreachable(&error))?;
     let pinned = Pinned::new(server.pin);
     let connector = TlsConnector::from(Arc::new(pinned.config(b"http/1.1")));
     let stream =
@@ -70,7 +81,7 @@ pub(super) async fn dial(to: SocketAddr, server: &ServerAddress) -> Result<Carri
     let (sink, stream) = socket.split();
     Ok(Carrier {
         kind: CarrierKind::WebSocket,
-        remote: to,
+        remote,
         addresses: Vec::new(),
         exporter,
         relay: None,
