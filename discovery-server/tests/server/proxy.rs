@@ -89,7 +89,7 @@ async fn the_pin_holds_through_a_proxy() {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Behaviour {
+pub(crate) enum Behaviour {
     /// A tunnel to there, for whoever shows these credentials.
     Connects {
         to: SocketAddr,
@@ -101,13 +101,13 @@ enum Behaviour {
     Closed,
 }
 
-struct Proxy {
-    at: SocketAddr,
+pub(crate) struct Proxy {
+    pub(crate) at: SocketAddr,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Proxy {
-    async fn start(behaviour: Behaviour) -> Self {
+    pub(crate) async fn start(behaviour: Behaviour) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
@@ -123,7 +123,7 @@ impl Proxy {
     }
 
     /// The server by a name that only the proxy knows.
-    fn address(&self, userinfo: &str, server: &Running) -> ServerAddress {
+    pub(crate) fn address(&self, userinfo: &str, server: &Running) -> ServerAddress {
         let proxy = format!("http://{userinfo}{}", self.at).parse().unwrap();
         ServerAddress { host: "disc.invalid".to_owned(), proxy: Some(proxy), ..server.address() }
     }

@@ -7,10 +7,11 @@ use mesh_agent::clock;
 use mesh_agent::io::session::{DialError, Dialer, ServerAddress};
 use mesh_common::key::SignKey;
 use mesh_proto::discovery::client::{Client, ClientConfig, ClientEvent};
-use mesh_proto::wire::session::{ErrorCode, ServerMessage, SessionError};
+use mesh_proto::wire::session::{ClientMessage, ErrorCode, ServerMessage, SessionError};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
 
+use super::proxy::{Behaviour, Proxy};
 use super::support::{Member, Running, binary, cluster, in_time, key_file};
 use crate::markdown::{self, compare};
 
@@ -38,6 +39,13 @@ async fn what_an_agent_says_about_a_server() {
     ];
     let not_ours = "it answers HTTP status 404".to_owned();
     said.push(DialError::NotADiscoveryServer { endpoint: format!("https://{ENDPOINT}"), reason: not_ours }.to_string());
+    let away = ServerAddress { host: "disc.invalid".to_owned(), ..server.address() };
+    for behaviour in [Behaviour::Answers("407 Authenticate"), Behaviour::Answers("403 Forbidden"), Behaviour::Hangs] {
+        let proxy = Proxy::start(behaviour).await;
+        let text = dial(&dialer, &ServerAddress { proxy: proxy.address("", &server).proxy, ..away.clone() }).await;
+        let text = text.replace(&format!("disc.invalid:{}", server.port), ENDPOINT);
+        said.push(text.replace(&proxy.at.to_string(), "proxy.example:3128"));
+    }
     let other_key = dial(&dialer, &ServerAddress { pin: [7; 32], ..server.address() }).await;
     let pin = mesh_common::config::Pin;
     said.push(
@@ -114,8 +122,11 @@ async fn every_metric_of_the_server_that_it_names_is_served() {
     let dir = tempfile::tempdir().unwrap();
     let server = Running::start(dir.path(), &["--max-connections", "1"]);
     let dialer = Dialer::new().unwrap();
-    let _only_place = Member::join(&dialer, &server.address(), 1, 1).await;
+    let (mut only_one, _) = Member::join(&dialer, &server.address(), 1, 1).await;
     turned_away(&dialer, &server).await;
+    let absent = mesh_common::id::NodeId([7; 32]);
+    only_one.say(&ClientMessage::Relay { to: absent, payload: "nobody gets this".into() }).await;
+    only_one.until(|message| matches!(message, ServerMessage::NoPeer(node) if node == absent).then_some(())).await;
     let (_, page) = server.get("/metrics");
     let served: Vec<&str> = page.lines().filter_map(|line| line.split(['{', ' ']).next()).collect();
     let named = markdown::spans("meshspan_discovery_");
