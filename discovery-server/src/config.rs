@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::env;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -67,6 +67,10 @@ pub(crate) struct ServeArgs {
     /// [default: port 3478 on the addresses of --listen]
     #[arg(long, value_name = "ADDR:PORT|off", value_parser = parse_stun)]
     pub(crate) stun: Option<Stun>,
+    /// Another address of this host, as agents reach it, on which STUN answers too: agents then tell more kinds of NAT
+    /// apart; once for each family [default port: as for --stun]
+    #[arg(long, value_name = "IP[:PORT]", value_parser = parse_stun_alt)]
+    pub(crate) stun_alt_address: Vec<StunAlt>,
     /// Plain HTTP with /livez, /readyz and /metrics; not for the Internet [default: off]
     #[arg(long, value_name = "ADDR:PORT", value_parser = parse_listen)]
     pub(crate) http: Option<SocketAddr>,
@@ -108,6 +112,14 @@ pub(crate) enum Stun {
 enum Relay {
     On,
     Off,
+}
+
+/// The other address of the STUN service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StunAlt {
+    pub(crate) address: IpAddr,
+    /// The first of two; `None` = the ports of the service.
+    pub(crate) port: Option<u16>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -172,10 +184,28 @@ fn parse_stun(text: &str) -> Result<Stun, String> {
         return Ok(Stun::Off);
     }
     let address = parse_listen(text).map_err(|wrong| format!("{wrong}, nor `off`"))?;
-    if address.port() == u16::MAX {
+    has_next_port(address.port())?;
+    Ok(Stun::At(address))
+}
+
+fn parse_stun_alt(text: &str) -> Result<StunAlt, String> {
+    let wrong =
+        || format!("{text:?} is no address of this host, such as 192.0.2.2, 192.0.2.2:3478 or [2001:db8::2]:3478");
+    let alone = text.parse().ok().map(|address| StunAlt { address, port: None });
+    let with_port = || text.parse::<SocketAddr>().map(|at| StunAlt { address: at.ip(), port: Some(at.port()) });
+    let alt = alone.map_or_else(with_port, Ok).map_err(|_| wrong())?;
+    if alt.address.is_unspecified() || alt.address.is_multicast() {
+        return Err(wrong());
+    }
+    has_next_port(alt.port.unwrap_or_default())?;
+    Ok(alt)
+}
+
+fn has_next_port(port: u16) -> Result<(), String> {
+    if port == u16::MAX {
         return Err("the port after this one is used too, and there is none after 65535".to_owned());
     }
-    Ok(Stun::At(address))
+    Ok(())
 }
 
 fn parse_own_name(text: &str) -> Result<String, String> {
@@ -218,6 +248,10 @@ mod tests {
             ("--listen", "0.0.0.0:70000", "[::]:7443"),
             ("--stun", "no", "off"),
             ("--stun", "127.0.0.1:65535", "65535"),
+            ("--stun-alt-address", "alt.example", "192.0.2.2"),
+            ("--stun-alt-address", "[::]:3478", "192.0.2.2"),
+            ("--stun-alt-address", "224.0.0.1", "192.0.2.2"),
+            ("--stun-alt-address", "192.0.2.2:65535", "65535"),
             ("--http", "8080", ":7443"),
             ("--ttl", "0s", "30s"),
             ("--ttl", "2d", "30s"),
@@ -255,6 +289,10 @@ mod tests {
             ":7443",
             "--stun",
             "127.0.0.1:0",
+            "--stun-alt-address",
+            "192.0.2.2",
+            "--stun-alt-address",
+            "[2001:db8::2]:3480",
             "--ttl",
             "2m",
             "--own-name",
@@ -271,6 +309,8 @@ mod tests {
         assert_eq!(cli.identity.advertise.as_ref().unwrap().to_string(), "[2001:db8::1]:443");
         assert_eq!(cli.identity.key_source(), KeySource::StateDir("/tmp/x".into()));
         assert_eq!(cli.serve.stun, Some(Stun::At("127.0.0.1:0".parse().unwrap())));
+        let alt = |address: &str, port| StunAlt { address: address.parse().unwrap(), port };
+        assert_eq!(cli.serve.stun_alt_address, [alt("192.0.2.2", None), alt("2001:db8::2", Some(3480))]);
         assert_eq!(cli.serve.ttl(), Duration::from_secs(120));
         assert_eq!(cli.serve.own_names(), BTreeSet::from(["disc.example".to_owned()]));
         assert_eq!(cli.serve.relay(), Some(RelayLimits { client_bytes: 1000, ..RelayLimits::default() }));

@@ -1,7 +1,7 @@
 //! One run of the server: bind everything, say where it is, serve until a signal, let the clients go.
 
 use std::io::{self, Write as _};
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info, warn};
 
-use crate::config::{IdentityArgs, STUN_PORT, ServeArgs, Stun};
+use crate::config::{IdentityArgs, ServeArgs};
 use crate::gate::Gate;
 use crate::hub::Hub;
 use crate::metrics::{Health, StunCounters};
@@ -58,16 +58,11 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
 
     let pair = socket::listen(identity.listen)?;
-    let stun_sockets = bind_stun(args.stun, pair.address)?;
+    let stun_sockets = stun::bind(args.stun, &args.stun_alt_address, pair.address)?;
     let health_listener = args.http.map(bind_health).transpose()?;
-    let stun_ports: Vec<u16> = stun_sockets
-        .iter()
-        .flatten()
-        .map(|socket| Ok(socket.local_addr()?.port()))
-        .collect::<io::Result<_>>()
-        .context("cannot read the STUN ports")?;
+    let (stun_ports, stun_alt) = stun_sockets.as_ref().map(stun::Sockets::announced).unwrap_or_default();
 
-    let hub = Hub::new(machine(args, stun_ports.clone())?);
+    let hub = Hub::new(machine(args, stun_ports.clone(), stun_alt.clone())?);
     let gate = Arc::new(Gate::default());
     let counters = Arc::new(StunCounters::default());
     let health = Arc::new(Health::new(hub.clone(), gate.clone(), counters.clone()));
@@ -80,7 +75,7 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
     doors.spawn(quic::accept(endpoint.clone(), hub.clone(), gate.clone()));
     doors.spawn(http::accept_sessions(listener, acceptor, hub.clone(), gate));
     if let Some(sockets) = stun_sockets {
-        doors.spawn(stun::serve(stun::open(sockets)?, counters));
+        doors.spawn(stun::serve(sockets.open()?, counters));
     }
     let mut house = JoinSet::new();
     house.spawn({
@@ -102,6 +97,7 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
     info!(
         listen = %pair.address,
         stun = ?stun_ports,
+        stun_alt = ?stun_alt,
         http = %health_address.map_or_else(|| "off".to_owned(), |address| address.to_string()),
         pin,
         access = if open { "open" } else { "closed" },
@@ -135,7 +131,7 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
     Ok(())
 }
 
-fn machine(args: &ServeArgs, stun_ports: Vec<u16>) -> anyhow::Result<Server> {
+fn machine(args: &ServeArgs, stun_ports: Vec<u16>, stun_alt: Vec<SocketAddr>) -> anyhow::Result<Server> {
     let mut seed = [0; 32];
     let mut instance = [0; 8];
     getrandom::fill(&mut seed).context("cannot read random bytes from the system")?;
@@ -145,7 +141,7 @@ fn machine(args: &ServeArgs, stun_ports: Vec<u16>) -> anyhow::Result<Server> {
         slot_ttl: args.ttl(),
         only_namespaces: args.only_namespaces(),
         stun_ports,
-        stun_alt: Vec::new(),
+        stun_alt,
         relay: args.relay(),
         own_names: args.own_names(),
         max_connections: args.max_connections(),
@@ -154,27 +150,6 @@ fn machine(args: &ServeArgs, stun_ports: Vec<u16>) -> anyhow::Result<Server> {
         max_stored_bytes: args.max_stored_bytes(),
     };
     Ok(Server::new(config, seed))
-}
-
-/// Two sockets on neighbouring ports. Without `--stun`, ports that are taken cost the service, not the server.
-fn bind_stun(given: Option<Stun>, listens: SocketAddr) -> anyhow::Result<Option<[UdpSocket; 2]>> {
-    let first = match given {
-        Some(Stun::Off) => return Ok(None),
-        Some(Stun::At(address)) => address,
-        None => SocketAddr::new(listens.ip(), STUN_PORT),
-    };
-    let second = SocketAddr::new(first.ip(), if first.port() == 0 { 0 } else { first.port() + 1 });
-    let bound = socket::bind_udp(first).and_then(|a| Ok([a, socket::bind_udp(second)?]));
-    match (bound, given) {
-        (Ok(sockets), _) => Ok(Some(sockets)),
-        (Err(error), None) => {
-            warn!(%error, "no STUN: UDP ports {} and {} cannot be had; choose others with --stun", first.port(), second.port());
-            Ok(None)
-        }
-        (Err(error), Some(_)) => Err(error).with_context(|| {
-            format!("cannot use UDP {first} and the port after it for STUN: choose others with --stun, or --stun off")
-        }),
-    }
 }
 
 fn bind_health(address: SocketAddr) -> anyhow::Result<TcpListener> {

@@ -48,14 +48,22 @@ pub(crate) fn any(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)
 }
 
+/// Whether a socket of this process on one address may have the port of another one that is on all addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PortUse {
+    Own,
+    /// The kernel gives a datagram to the socket with the more exact address. Only sockets of the same user can share.
+    Shared,
+}
+
 pub(crate) fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = bound(address, Type::STREAM, Protocol::TCP)?;
+    let socket = bound(address, Type::STREAM, Protocol::TCP, PortUse::Own)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 
-pub(crate) fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
-    Ok(bound(address, Type::DGRAM, Protocol::UDP)?.into())
+pub(crate) fn bind_udp(address: SocketAddr, port: PortUse) -> io::Result<UdpSocket> {
+    Ok(bound(address, Type::DGRAM, Protocol::UDP, port)?.into())
 }
 
 /// The address of this host that others most likely reach: the source towards the Internet, else any global one.
@@ -66,7 +74,7 @@ pub(crate) fn reachable_address() -> Option<IpAddr> {
         (any(0), SocketAddr::new(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(), 9)),
     ];
     let routed = probes.into_iter().find_map(|(local, remote)| {
-        let socket = bind_udp(local).ok()?;
+        let socket = bind_udp(local, PortUse::Own).ok()?;
         socket.connect(remote).ok()?;
         Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
     });
@@ -92,7 +100,7 @@ fn bind_pair(address: SocketAddr) -> io::Result<Pair> {
     loop {
         let tcp = bind_tcp(address)?;
         let bound = tcp.local_addr()?;
-        match bind_udp(bound).inspect(widen) {
+        match bind_udp(bound, PortUse::Own).inspect(widen) {
             Ok(udp) => return Ok(Pair { tcp, udp, address: bound }),
             Err(error) if address.port() == 0 && error.kind() == ErrorKind::AddrInUse && attempt < PORT_ATTEMPTS => {
                 attempt += 1
@@ -111,20 +119,20 @@ fn widen(socket: &UdpSocket) {
     }
 }
 
-fn bound(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
-    match bound_exactly(address, kind, protocol) {
+fn bound(address: SocketAddr, kind: Type, protocol: Protocol, port: PortUse) -> io::Result<Socket> {
+    match bound_exactly(address, kind, protocol, port) {
         // A host without IPv6: the unspecified address still means "all of them".
         Err(error)
             if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED)
                 && matches!(error.raw_os_error(), Some(nix::libc::EAFNOSUPPORT | nix::libc::EADDRNOTAVAIL)) =>
         {
-            bound_exactly(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()), kind, protocol)
+            bound_exactly(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()), kind, protocol, port)
         }
         other => other,
     }
 }
 
-fn bound_exactly(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+fn bound_exactly(address: SocketAddr, kind: Type, protocol: Protocol, port: PortUse) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), kind.nonblocking(), Some(protocol))?;
     mark(&socket);
     if address.is_ipv6() {
@@ -132,6 +140,9 @@ fn bound_exactly(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Res
     }
     if kind == Type::STREAM {
         socket.set_reuse_address(true)?;
+    }
+    if port == PortUse::Shared {
+        socket.set_reuse_port(true)?;
     }
     socket.bind(&address.into())?;
     Ok(socket)
@@ -163,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_taken_port_is_named() {
-        let held = bind_udp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let held = bind_udp("127.0.0.1:0".parse().unwrap(), PortUse::Own).unwrap();
         let address = held.local_addr().unwrap();
         let message = format!("{:#}", listen(Some(address)).err().unwrap());
         assert!(message.contains(&address.to_string()) && message.contains("--listen"), "{message}");

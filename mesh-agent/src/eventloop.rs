@@ -388,7 +388,7 @@ impl<'a> Node<'a> {
             self.agent.handle_datagram(datagram.source, &datagram.bytes, now);
         }
         for (peer, server, datagram) in self.engine.take_relayed() {
-            if let Some(message) = self.agent.relay(server, &peer, &datagram) {
+            if let Some(message) = self.agent.relay(server, &peer, &datagram, now) {
                 self.carriers.send_relay(server, message);
             }
         }

@@ -82,6 +82,8 @@ fn what_a_server_says_to_its_admin() {
     let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
     let stun = taken.local_addr().unwrap().to_string();
     said.push(error(dir.path(), &["--listen", "127.0.0.1:0", "--stun", &stun]).replace(&stun, "[::]:3478"));
+    // An address for documentation is no host's.
+    said.push(error(dir.path(), &["--listen", "127.0.0.1:0", "--stun-alt-address", "203.0.113.2"]));
 
     let cut = tempfile::tempdir().unwrap();
     std::fs::write(key_file(cut.path()), "-----BEGIN PRIVATE KEY-----\n").unwrap();

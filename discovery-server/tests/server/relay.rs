@@ -130,7 +130,7 @@ async fn a_server_may_be_without_relay() {
     let dir = tempfile::tempdir().unwrap();
     let server = Running::start(dir.path(), &["--relay", "off"]);
     let node = Node::join(&server.address(), 1, 1).await;
-    assert_eq!((node.client.offers_relay(), node.client.relay(&node_id(2), b"hello")), (false, None));
+    assert_eq!((node.client.offers_relay(), node.client.relay(&node_id(2), b"hello", clock::now())), (false, None));
 }
 
 /// Fills a packet of QUIC, so that nothing else travels with it.
@@ -240,7 +240,7 @@ impl Node {
     }
 
     fn relay(&mut self, to: NodeId, payload: &[u8]) {
-        let message = self.client.relay(&to, payload).expect("the session offers it");
+        let message = self.client.relay(&to, payload, clock::now()).expect("the session offers it");
         self.carriers.send_relay(SERVER, message);
     }
 

@@ -241,7 +241,7 @@ impl Host {
                 match output {
                     Output::Send(_, Endpoint::Direct(to), bytes) => effects.push(Effect::Send { to, bytes, ttl: None }),
                     Output::Send(key, Endpoint::Relay(server), datagram) => {
-                        let message = agent.relay(server, &key, &datagram);
+                        let message = agent.relay(server, &key, &datagram, now);
                         effects.extend(message.map(|message| Effect::Relay(server, message)));
                     }
                     Output::Deliver(key, from, packet) => effects.push(Effect::Deliver(key, from, packet)),

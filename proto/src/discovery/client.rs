@@ -34,6 +34,8 @@ use crate::wire::session::{
 const STABLE_AFTER: Duration = Duration::from_secs(30);
 /// How long a session has to show that it survived a change of the host's network: a round trip with one loss.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// A session that relays and brings nothing for this long is doubted.
+const RELAY_SILENCE: Duration = Duration::from_millis(1500);
 /// The longest wait a server can ask for: a wrong answer must not send an agent away for good.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(600);
 
@@ -315,11 +317,7 @@ impl Client {
                 self.outdated = true;
             }
             ClientState::Syncing | ClientState::Live => {
-                // Later changes do not put the deadline off.
-                if self.session.probe.is_none() {
-                    self.session.probe = Some((self.session.pings + 1, now + PROBE_TIMEOUT));
-                }
-                self.session.ping_due = true;
+                self.doubt_session(now);
             }
             ClientState::Stopped => {}
         }
@@ -332,9 +330,18 @@ impl Client {
 
     /// The message that asks the server to hand this datagram to another node; the caller sends it as one that may be lost.
     /// `None` without a session that relays, or when the datagram is empty or over [`MAX_RELAY_PAYLOAD`].
-    pub fn relay(&self, to: &NodeId, payload: &[u8]) -> Option<Bytes> {
+    ///
+    /// Who relays and hears nothing asks at once whether the session still lives: an uplink may have changed unseen.
+    pub fn relay(&mut self, to: &NodeId, payload: &[u8], now: Instant) -> Option<Bytes> {
         let fits = (1..=MAX_RELAY_PAYLOAD).contains(&payload.len());
-        (fits && self.offers_relay()).then(|| ClientMessage::relay(to, payload))
+        if !fits || !self.offers_relay() {
+            return None;
+        }
+        let is_silent = self.session.dead_at.is_some_and(|dead_at| dead_at <= now + (SESSION_IDLE - RELAY_SILENCE));
+        if is_silent && self.session.probe.is_none() {
+            self.doubt_session(now);
+        }
+        Some(ClientMessage::relay(to, payload))
     }
 
     /// The node's own newest frame: put now, and again after every reconnect, until a newer one replaces it. While the server
@@ -428,6 +435,12 @@ impl Client {
         .into_iter()
         .filter_map(|(due, what)| Some((due?, what)))
         .min()
+    }
+
+    /// The session shows that it still lives, or is replaced. Later doubts do not put the deadline off.
+    fn doubt_session(&mut self, now: Instant) {
+        self.session.probe.get_or_insert((self.session.pings + 1, now + PROBE_TIMEOUT));
+        self.session.ping_due = true;
     }
 
     fn has_session(&self) -> bool {

@@ -298,7 +298,7 @@ fn a_session_that_did_not_survive_a_change_of_the_network_is_replaced_at_once() 
 #[test]
 fn datagrams_are_relayed_while_a_session_offers_it() {
     let mut client = dialing();
-    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed")), (false, None));
+    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed", at(0))), (false, None));
     client.handle_connected(EXPORTER, at(0));
     sent(&mut client);
     receive(&mut client, &relayed(), at(0));
@@ -306,12 +306,12 @@ fn datagrams_are_relayed_while_a_session_offers_it() {
     receive(&mut client, &welcome(), at(0));
     events(&mut client);
     assert!(client.offers_relay());
-    let message = client.relay(&node(2), b"sealed").unwrap();
+    let message = client.relay(&node(2), b"sealed", at(0)).unwrap();
     let expected = ClientMessage::Relay { to: node(2), payload: Bytes::from_static(b"sealed") };
     assert_eq!(ClientMessage::decode(&message), Ok(expected));
-    assert_eq!(client.relay(&node(2), b""), None);
-    assert!(client.relay(&node(2), &[1; MAX_RELAY_PAYLOAD]).is_some());
-    assert_eq!(client.relay(&node(2), &[1; MAX_RELAY_PAYLOAD + 1]), None);
+    assert_eq!(client.relay(&node(2), b"", at(0)), None);
+    assert!(client.relay(&node(2), &[1; MAX_RELAY_PAYLOAD], at(0)).is_some());
+    assert_eq!(client.relay(&node(2), &[1; MAX_RELAY_PAYLOAD + 1], at(0)), None);
 
     receive(&mut client, &relayed(), at(1));
     receive(&mut client, &ServerMessage::NoPeer(node(3)), at(1));
@@ -319,13 +319,13 @@ fn datagrams_are_relayed_while_a_session_offers_it() {
         [ClientEvent::Relayed { from: node(2), payload: Bytes::from_static(b"sealed") }, ClientEvent::NoPeer(node(3))];
     assert_eq!(events(&mut client), expected);
     client.handle_disconnected("connection reset", at(2));
-    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed")), (false, None));
+    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed", at(0))), (false, None));
 
     let mut client = dialing();
     client.handle_connected(EXPORTER, at(0));
     let ServerMessage::Welcome(without) = welcome() else { unreachable!() };
     receive(&mut client, &ServerMessage::Welcome(Welcome { relay: false, ..without }), at(0));
-    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed")), (false, None));
+    assert_eq!((client.offers_relay(), client.relay(&node(2), b"sealed", at(0))), (false, None));
 }
 
 #[test]

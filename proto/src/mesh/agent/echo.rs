@@ -91,7 +91,7 @@ impl Agent {
         let to = self.echo_endpoint(peer, via, now)?;
         let id = self.echoes.begin(*peer, now);
         let probe = Probe::Ping { id, heard: 0 };
-        self.send_probe(peer, ProbeTransmit { to, probe, ttl: None, pad_to: None });
+        self.send_probe(peer, ProbeTransmit { to, probe, ttl: None, pad_to: None }, now);
         Ok(EchoId(id))
     }
 

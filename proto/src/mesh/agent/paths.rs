@@ -142,9 +142,9 @@ impl Agent {
     }
 
     /// The message that carries a datagram of the data plane to a peer behind a relay; `None` while that relay does not.
-    pub fn relay(&mut self, server: ServerId, peer: &WgPublicKey, datagram: &[u8]) -> Option<Bytes> {
+    pub fn relay(&mut self, server: ServerId, peer: &WgPublicKey, datagram: &[u8], now: Instant) -> Option<Bytes> {
         let node = self.probing.links.get(peer)?.node;
-        self.clients.get_mut(&server)?.relay(&node, datagram)
+        self.clients.get_mut(&server)?.relay(&node, datagram, now)
     }
 
     /// What a member sent us through a relay.
@@ -290,7 +290,7 @@ impl Agent {
                 }
                 self.probing.budget.take();
                 self.probing.last_served = Some(key);
-                self.send_probe(&key, transmit);
+                self.send_probe(&key, transmit, now);
             }
         }
     }
@@ -306,10 +306,10 @@ impl Agent {
         after.into_iter().chain(before).collect()
     }
 
-    pub(super) fn send_probe(&mut self, peer: &WgPublicKey, transmit: ProbeTransmit) {
+    pub(super) fn send_probe(&mut self, peer: &WgPublicKey, transmit: ProbeTransmit, now: Instant) {
         let ProbeTransmit { to, probe, ttl, pad_to } = transmit;
         if matches!(probe, Probe::Call(_)) {
-            self.offer_frame(peer, to);
+            self.offer_frame(peer, to, now);
         }
         let nonce = self.nonces.next();
         let Some(link) = self.probing.links.get_mut(peer) else { return };
@@ -319,7 +319,7 @@ impl Agent {
             Endpoint::Direct(to) => self.events.push_back(AgentEvent::SendRaw { to, bytes, ttl }),
             Endpoint::Relay(server) => {
                 let node = link.node;
-                let message = self.clients.get_mut(&server).and_then(|client| client.relay(&node, &bytes));
+                let message = self.clients.get_mut(&server).and_then(|client| client.relay(&node, &bytes, now));
                 if let Some(message) = message {
                     self.events.push_back(AgentEvent::SendRelay { server, message });
                 }
@@ -328,13 +328,13 @@ impl Agent {
     }
 
     /// With the first call to a start of a peer's agent goes our record: a server may not have told it of us yet.
-    fn offer_frame(&mut self, peer: &WgPublicKey, to: Endpoint) {
+    fn offer_frame(&mut self, peer: &WgPublicKey, to: Endpoint, now: Instant) {
         let (Endpoint::Relay(server), Some(frame)) = (to, self.publisher.frame()) else { return };
         let Some(link) = self.probing.links.get_mut(peer) else { return };
         if link.offered.replace(frame.seq()) == Some(frame.seq()) {
             return;
         }
-        let message = self.clients.get_mut(&server).and_then(|client| client.relay(&link.node, frame.as_bytes()));
+        let message = self.clients.get_mut(&server).and_then(|client| client.relay(&link.node, frame.as_bytes(), now));
         if let Some(message) = message {
             self.events.push_back(AgentEvent::SendRelay { server, message });
         }
