@@ -129,7 +129,7 @@ async fn a_flood_meets_the_limit_by_its_name_and_its_neighbours_do_not_notice() 
 async fn a_server_may_be_without_relay() {
     let dir = tempfile::tempdir().unwrap();
     let server = Running::start(dir.path(), &["--relay", "off"]);
-    let node = Node::join(&server.address(), 1, 1).await;
+    let mut node = Node::join(&server.address(), 1, 1).await;
     assert_eq!((node.client.offers_relay(), node.client.relay(&node_id(2), b"hello", clock::now())), (false, None));
 }
 
