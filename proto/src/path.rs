@@ -2,7 +2,7 @@
 
 pub mod agent;
 pub mod candidate;
-mod exchange;
+pub(crate) mod exchange;
 mod explain;
 mod hunt;
 pub mod mtu;

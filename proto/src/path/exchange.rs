@@ -17,6 +17,8 @@ use crate::wire::probe::{Call, Probe};
 /// A round's worth to every address; more wait for a budget that will not come.
 const MAX_QUEUED: usize = 64;
 const MAX_TRACKS: usize = 48;
+/// Numbers of pings: the highest bit is for echoes that a person asks for, whose answers do not come here.
+pub(crate) const PING_IDS: u32 = u32::MAX >> 1;
 const PONGS_PER_SECOND: u32 = 20;
 /// A ping of the peer proves nothing yet: it is pinged back, but not more often than this.
 pub(super) const PING_BACK: Duration = Duration::from_millis(100);
@@ -35,8 +37,8 @@ pub(super) struct Budget {
 
 impl PathAgent {
     pub(super) fn ping(&mut self, to: Endpoint, purpose: Purpose, now: Instant) {
-        // The low half of a draw: any 32 bits are as good as others.
-        let id = (self.random.next_u64() & u64::from(u32::MAX)) as u32;
+        // Any bits of a draw are as good as others.
+        let id = (self.random.next_u64() & u64::from(PING_IDS)) as u32;
         let track = self.track(to);
         track.sent_ping(id, purpose, now);
         let heard = track.received;

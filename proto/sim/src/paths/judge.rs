@@ -347,19 +347,12 @@ impl Judge {
         self.is_counting = false;
         let ends = now + fault.lasts();
         for (talk, must_be_direct) in self.talks.iter_mut().zip(must_be_direct) {
-            let is_first_pair = talk.from < 2 && talk.to < 2;
             let is_hit = match fault {
-                Fault::Swap { host }
-                | Fault::Suspend { host, .. }
-                | Fault::Rebind { host }
-                | Fault::UdpBlocked { host } => {
-                    // A router may be shared.
-                    matches!(fault, Fault::Rebind { .. } | Fault::UdpBlocked { .. })
-                        || talk.from == host
-                        || talk.to == host
+                Fault::Swap { host } | Fault::Suspend { host, .. } => talk.from == host || talk.to == host,
+                // What a router does concerns all behind it.
+                Fault::Rebind { .. } | Fault::UdpBlocked { .. } | Fault::Block { .. } | Fault::RelayRestart { .. } => {
+                    true
                 }
-                Fault::Block { .. } => is_first_pair,
-                Fault::RelayRestart { .. } => true,
             };
             if !is_hit {
                 continue;

@@ -13,10 +13,11 @@ use mesh_common::time::Instant;
 use super::{Agent, AgentEvent};
 use crate::device::{Endpoint, PeerReport};
 use crate::path::agent::ProbeTransmit;
+use crate::path::exchange::PING_IDS;
 use crate::wire::probe::Probe;
 
 /// Numbers of echoes have this bit, those of path agents do not.
-const ECHO_BIT: u32 = 1 << 31;
+const ECHO_BIT: u32 = !PING_IDS;
 /// Unanswered echoes that are remembered.
 const MAX_WAITING: usize = 64;
 /// An answer after this long is none.
