@@ -69,6 +69,7 @@ impl Agent {
 
     fn handle_frame(&mut self, server: ServerId, bytes: Bytes, now: Instant) {
         match self.members.admit_listed(bytes, server, now) {
+            Ok((node, Admission::Known)) if node == self.identity.node_id() => {}
             // Who lists it may have changed, and with that which relays reach it.
             Ok((_, Admission::Known)) => self.work_out_at(now + SETTLE),
             Ok((_, Admission::OwnIdentity { seq })) => self.handle_own_identity(seq, now),
