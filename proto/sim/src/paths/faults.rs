@@ -2,6 +2,8 @@
 
 use std::net::Ipv4Addr;
 
+use ipnet::IpNet;
+
 use super::plan::Fault;
 use super::world::{Event, World};
 use crate::internet::Node;
@@ -64,22 +66,37 @@ impl World {
         }
     }
 
-    /// The host leaves its network and is somewhere else; what it had open there is void.
+    /// The host leaves its network; what it had open there is void. Between two networks it has no address, and it sees that
+    /// even where it is numbered alike in both.
     fn swap(&mut self, host: usize) {
-        let machine = &mut self.machines[host];
-        let [before, after] = machine.uplinks.clone();
-        machine.uplink = 1;
-        for links in [&mut machine.host.plan.underlay, &mut machine.host.kernel.underlay] {
-            *links = vec![after.link()];
+        let uplink = self.machines[host].uplink().clone();
+        for net in &uplink.addresses {
+            self.internet.detach(uplink.network, net.addr());
         }
-        for net in &before.addresses {
-            self.internet.detach(before.network, net.addr());
+        self.machines[host].uplink = 1;
+        self.machines[host].is_online = false;
+        self.set_addresses(host, Vec::new());
+        let between = self.pause(150, 400);
+        self.clock.after(between, Event::Online(host));
+    }
+
+    /// The host is in its other network.
+    pub(super) fn come_online(&mut self, host: usize) {
+        let uplink = self.machines[host].uplink().clone();
+        for net in &uplink.addresses {
+            self.internet.attach(uplink.network, net.addr(), Node::Host(host));
         }
-        for net in &after.addresses {
-            self.internet.attach(after.network, net.addr(), Node::Host(host));
-        }
+        self.machines[host].is_online = true;
+        self.set_addresses(host, uplink.addresses);
         self.note_addresses();
-        let noticed = self.pause(10, 300);
+    }
+
+    fn set_addresses(&mut self, host: usize, addresses: Vec<IpNet>) {
+        let machine = &mut self.machines[host].host;
+        for link in machine.plan.underlay.iter_mut().chain(&mut machine.kernel.underlay) {
+            link.addresses.clone_from(&addresses);
+        }
+        let noticed = self.pause(10, 100);
         self.clock.after(noticed, Event::Observe(host));
     }
 

@@ -36,6 +36,7 @@ impl World {
     pub(super) fn carrier_up(&mut self, id: u64) {
         let now = self.clock.now();
         if !self.is_whole(id) {
+            // Nobody answers: the agent gives up by itself.
             return;
         }
         let remote = self.seen_address(id);
@@ -207,7 +208,8 @@ impl World {
     /// Whether both ends of a carrier can still reach each other by it: its host has not moved since.
     fn is_whole(&self, id: u64) -> bool {
         let Some(carrier) = self.carriers.get(&id) else { return false };
-        self.carrier_uplinks.get(&id) == Some(&self.machines[carrier.host].uplink)
+        let machine = &self.machines[carrier.host];
+        machine.is_online && self.carrier_uplinks.get(&id) == Some(&machine.uplink)
     }
 
     pub(super) fn passes_udp(&self, host: usize) -> bool {

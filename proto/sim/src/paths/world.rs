@@ -59,6 +59,7 @@ pub(super) enum Event {
         actions: Vec<Action>,
     },
     Observe(usize),
+    Online(usize),
     ServerWake(usize),
     CarrierUp(u64),
     Stream {
@@ -81,8 +82,9 @@ pub(super) enum Event {
 pub(super) struct Machine {
     pub(super) host: Host,
     pub(super) uplinks: [Uplink; 2],
-    /// Which uplink it is on.
+    /// Which uplink it is on, or comes to next.
     pub(super) uplink: usize,
+    pub(super) is_online: bool,
     pub(super) relays_in_order: bool,
     pub(super) suspended_until: Option<Instant>,
     wake: Option<Instant>,
@@ -159,6 +161,7 @@ impl World {
                 host: Host::new(plan),
                 uplinks: planned.uplinks,
                 uplink: 0,
+                is_online: true,
                 relays_in_order: planned.relays_in_order,
                 suspended_until: None,
                 wake: None,
@@ -278,6 +281,7 @@ impl World {
                 self.machines[host].host.observe(now);
                 self.touch(host);
             }
+            Event::Online(host) => self.come_online(host),
             Event::ServerWake(server) => {
                 if self.server_wakes[server] == Some(now) {
                     self.server_wakes[server] = None;
@@ -383,7 +387,7 @@ impl World {
     fn send(&mut self, host: usize, to: SocketAddr, bytes: Bytes, ttl: Option<u8>) {
         let now = self.clock.now();
         let uplink = self.machines[host].uplink();
-        let (network, source) = (uplink.network, uplink.source(to.ip()));
+        let (network, source) = (uplink.network, uplink.source(to.ip()).filter(|_| self.machines[host].is_online));
         self.judge.note_datagram(host, to, &bytes, now);
         let Some(source) = source else { return };
         let flight = self.internet.send(network, socket(source), to, ttl.unwrap_or(DEFAULT_TTL), now);
