@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use mesh_common::config::HostPort;
 use mesh_common::id::ServerId;
+use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 
 use super::{Agent, AgentEvent, ServerFacts};
@@ -51,8 +52,11 @@ impl Agent {
             self.events.push_back(AgentEvent::SendRaw { to, bytes, ttl: None });
         }
         if self.net.poll_changed() {
-            let report = self.net.report();
-            tracing::info!(v4 = ?report.v4, v6 = ?report.v6, "learned how servers see this node");
+            for (family, report) in [("IPv4", &self.net.report().v4), ("IPv6", &self.net.report().v6)] {
+                let NatClass { mapping, filtering } = report.nat;
+                let (at, udp_blocked) = (&report.reflexive, report.udp_blocked);
+                tracing::debug!(family, ?at, ?mapping, ?filtering, udp_blocked, "how discovery servers see this node");
+            }
             self.work_out_at(now);
         }
     }
