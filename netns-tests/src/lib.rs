@@ -3,8 +3,9 @@
 //!
 //! Reads from the ground up: [`isolation`] decides whether this process may make namespaces at all, [`lab`] owns what a
 //! run creates and removes it, [`host`] is one namespace, [`link`] wires hosts together, [`process`] runs programs in
-//! them, [`traffic`], [`capture`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes on sites, [`checks`] says what they must do,
-//! and [`demo`] is the newcomer's tour.
+//! them, [`traffic`], [`capture`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes on sites,
+//! [`checks`] says what they must do, and [`demo`] is the newcomer's tour. [`nat`] puts routers with NAT and bad wires
+//! ([`impair`]) in between: [`matrix`] connects every kind with every other, [`roaming`] breaks what is connected.
 //!
 //! Refuses to know the inside of the programs under test: it drives them through their command lines, their config
 //! files and packets. It runs no network tool (`ip`, `nft`, `wg`, `tcpdump`).

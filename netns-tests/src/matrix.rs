@@ -10,6 +10,7 @@ pub mod report;
 
 use std::{
     io::{self, Write},
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -19,7 +20,7 @@ use crate::{
     Lab,
     binaries::Binaries,
     matrix::{
-        pair::{Bench, BenchOptions},
+        pair::{Bench, BenchOptions, keep_words},
         report::{Hard, Report, Row},
     },
     nat::{Kind, Ports, oracle::Pair},
@@ -92,6 +93,8 @@ pub struct Options {
     /// One way, on the wire of each site.
     pub delay: Duration,
     pub ports: Ports,
+    /// Where what the agents of a failed pair say is kept.
+    pub keep: Option<PathBuf>,
 }
 
 /// Runs the matrix. Fails only when no lab could be made; what a pair did wrong is in its row, and why on stderr.
@@ -108,14 +111,14 @@ pub fn run(binaries: &Binaries, options: &Options) -> Result<Report> {
             crate::nat::oracle::Expect::Direct => PATIENCE,
             crate::nat::oracle::Expect::Relay => WATCHED,
         };
-        let row = measure(&mut bench, pair, patience, start);
+        let row = measure(&mut bench, pair, patience, start, options.keep.as_deref());
         report.rows.push(row);
     }
     let runs = options.selection.hard_runs();
     if runs > 0 {
         let mut hard = Hard::default();
         for _ in 0..runs {
-            let row = measure(&mut bench, HARD, HARD_PATIENCE, start);
+            let row = measure(&mut bench, HARD, HARD_PATIENCE, start, options.keep.as_deref());
             hard.runs += 1;
             hard.direct += u32::from(row.got == judge::Got::Direct);
         }
@@ -124,13 +127,18 @@ pub fn run(binaries: &Binaries, options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-fn measure(bench: &mut Bench, pair: Pair, patience: Duration, start: Instant) -> Row {
+fn measure(bench: &mut Bench, pair: Pair, patience: Duration, start: Instant, keep: Option<&Path>) -> Row {
     let verdict = bench.measure(pair, patience);
     let row = Row::of(pair, verdict.as_ref().ok());
     let mut line = format!("{:>7.1} s  {row}", start.elapsed().as_secs_f64());
     match &verdict {
         Ok(verdict) => verdict.faults.iter().for_each(|fault| line.push_str(&format!("\n           {fault}"))),
         Err(error) => line.push_str(&format!("\n           {error:#}")),
+    }
+    if let Some(dir) = keep.filter(|_| !row.ok)
+        && let Err(error) = keep_words(&bench.nodes, dir, &format!("{}-{}", row.left, row.right))
+    {
+        line.push_str(&format!("\n           {error:#}"));
     }
     // A closed pipe must not end the run before it has cleaned up.
     let _ = writeln!(io::stderr(), "{line}");

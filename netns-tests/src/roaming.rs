@@ -7,6 +7,7 @@ pub mod report;
 
 use std::{
     io::{self, Write},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -15,7 +16,7 @@ use anyhow::{Result, ensure};
 use crate::{
     Lab,
     binaries::Binaries,
-    matrix::pair::{Bench, BenchOptions},
+    matrix::pair::{Bench, BenchOptions, keep_words},
     roaming::report::{CHECKS, Check, Outcome, Report},
 };
 
@@ -25,6 +26,8 @@ pub struct Options {
     pub only: Vec<String>,
     /// One way, on the wire of each site.
     pub delay: Duration,
+    /// Where what the agents of a failed check say is kept.
+    pub keep: Option<PathBuf>,
 }
 
 /// Runs the checks. Fails only when no lab could be made or a name is wrong; why a check failed is on stderr.
@@ -44,6 +47,11 @@ pub fn run(binaries: &Binaries, options: &Options) -> Result<Report> {
         let check = Check::of(name, outcome.as_ref().ok().copied());
         let mut line = format!("{:>7.1} s  {check}", start.elapsed().as_secs_f64());
         if let Err(error) = &outcome {
+            line.push_str(&format!("\n           {error:#}"));
+        }
+        if let Some(dir) = options.keep.as_deref().filter(|_| !check.ok)
+            && let Err(error) = keep_words(&bench.nodes, dir, name)
+        {
             line.push_str(&format!("\n           {error:#}"));
         }
         // A closed pipe must not end the run before it has cleaned up.

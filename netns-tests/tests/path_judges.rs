@@ -151,7 +151,7 @@ fn a_path_is_what_the_wires_say() {
     let relay = Flow::start(&bench.nodes[0].host, (SERVER[1], 9).into(), vec![1; RELAYED]);
     let verdict = judge(&bench.exchange(OPEN, WATCHED).unwrap(), Expect::Direct);
     assert_eq!(verdict.got, Got::Relay, "{verdict:?}");
-    assert!(verdict.faults.contains(&"not direct".to_owned()), "{verdict:?}");
+    assert!(verdict.faults.iter().any(|fault| fault.contains("not direct")), "{verdict:?}");
     drop(relay);
     drop(flows);
 }

@@ -1,6 +1,6 @@
 //! `cargo run --release -p netns-tests --bin nat-matrix`: real agents behind every pair of NATs, on this machine alone.
 
-use std::{process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::Parser;
 use netns_tests::{
@@ -26,6 +26,9 @@ struct Args {
     /// One-way delay of each site's uplink, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u16).range(0..=1000))]
     delay_ms: u16,
+    /// Keep the logs and the status of the agents of each failed pair here.
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
     /// Routers give another port than the inner one even where that is free.
     #[arg(long)]
     shifted: bool,
@@ -53,7 +56,7 @@ fn main() -> ExitCode {
         Selection::Only(args.only)
     };
     let ports = if args.shifted { Ports::Shifted } else { Ports::Kept };
-    let options = Options { selection, delay: Duration::from_millis(args.delay_ms.into()), ports };
+    let options = Options { selection, delay: Duration::from_millis(args.delay_ms.into()), ports, keep: args.keep };
     let report = matrix::run(&binaries, &options).unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         matrix::report::Report::default()

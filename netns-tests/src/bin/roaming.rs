@@ -1,7 +1,7 @@
 //! `cargo run --release -p netns-tests --bin roaming`: a pair of real agents loses its path in every way, on this machine
 //! alone.
 
-use std::{process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::Parser;
 use netns_tests::{
@@ -23,6 +23,9 @@ struct Args {
     /// One-way delay of each site's uplink, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u16).range(0..=1000))]
     delay_ms: u16,
+    /// Keep the logs and the status of the agents of each failed check here.
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -39,7 +42,7 @@ fn main() -> ExitCode {
         eprintln!("error: roaming cannot run here: {why}\nhelp: {}", why.help());
         return ExitCode::FAILURE;
     }
-    let options = Options { only: args.only, delay: Duration::from_millis(args.delay_ms.into()) };
+    let options = Options { only: args.only, delay: Duration::from_millis(args.delay_ms.into()), keep: args.keep };
     let report = roaming::run(&binaries, &options).unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         Report::default()

@@ -138,6 +138,14 @@ impl Evidence {
         recent.iter().filter(|beat| !beat.lost()).count() * 1000 / recent.len()
     }
 
+    /// What the captures saw in the last seconds, in words.
+    fn at_last(&self) -> String {
+        let recent = |at: Instant| at + QUIET >= self.seen_until && at <= self.seen_until;
+        let [to_right, to_left] = self.directions().map(|flow| flow.into_iter().filter(|at| recent(*at)).count());
+        let relayed = self.relayed.iter().filter(|line| recent(line.at)).count();
+        format!("at last {to_right} and {to_left} datagrams between the outer addresses, {relayed} at the server")
+    }
+
     pub fn judge(&self, expect: Expect, relay_round_trip: Duration) -> Verdict {
         let mut faults = Vec::new();
         let (first_byte, switch) = (self.first_byte(), self.direct_since());
@@ -158,7 +166,7 @@ impl Evidence {
             faults.push("answered, but neither between the outer addresses in a tunnel nor over the server".to_owned());
         }
         if got == Got::Relay && expect == Expect::Direct {
-            faults.push("not direct".to_owned());
+            faults.push(format!("not direct: {}", self.at_last()));
         }
         if first_byte.is_some() && carried < CARRIED {
             faults.push(format!("of 1000 questions at last {carried} were answered"));

@@ -1,7 +1,9 @@
 //! Two real agents and a real server on sites that become what a pair asks for, and what is seen of them.
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -175,6 +177,17 @@ impl Bench {
         let exchange = Exchange::start(&self.nodes[from].host, &self.nodes[to].host, to_address, PER_SECOND, PAYLOAD)?;
         Ok(Watched { exchange, between, at_server, ends: ends.map(IpAddr::from) })
     }
+}
+
+/// What a person needs who asks why: status and log of each running agent, as files whose names begin with `name`.
+pub fn keep_words(nodes: &[Node], dir: &Path, name: &str) -> Result<()> {
+    fs::create_dir_all(dir)?;
+    for node in nodes {
+        let status = node.status_json().map_or_else(|error| format!("{error:#}"), |status| format!("{status:#}"));
+        fs::write(dir.join(format!("{name}-{}.status.json", node.name())), status)?;
+        fs::write(dir.join(format!("{name}-{}.log", node.name())), node.log().unwrap_or_default())?;
+    }
+    Ok(())
 }
 
 /// An exchange under way.

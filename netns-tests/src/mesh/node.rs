@@ -160,9 +160,11 @@ impl Node {
 
     /// Becomes a node that never ran, of the cluster with this secret. The agent must not run.
     pub fn start_over(&mut self, secret: &str) -> Result<()> {
-        match fs::remove_dir_all(self.state_dir()) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
+        for removed in [fs::remove_dir_all(self.state_dir()), fs::remove_file(self.log_stem().with_extension("err"))] {
+            match removed {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
         }
         self.overlay = None;
         write_private(&self.config.secret_file, secret)
