@@ -10,6 +10,7 @@
 
 mod cleanup;
 mod link;
+pub(crate) mod nfnetlink;
 mod nft;
 mod routes;
 mod rp_filter;
