@@ -29,6 +29,9 @@ use tokio::task::AbortHandle;
 pub use self::cleanup::{CleanupReport, cleanup, is_marked, mark, unmark};
 pub use self::watch::HostWatch;
 
+pub(crate) use self::nft::is_unsupported as has_no_nftables;
+pub(crate) use self::rp_filter::sysctl as rp_filter_sysctl;
+
 use self::routes::Table;
 use self::rp_filter::Loosened;
 

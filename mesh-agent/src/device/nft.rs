@@ -15,11 +15,11 @@ use std::io;
 use futures_util::stream::{self, Stream};
 use mesh_proto::device::MssClamp;
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE};
+use netlink_packet_netfilter::NetfilterProtoFamily;
 use netlink_packet_netfilter::nftables::{
     Bitwise, ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, InetHookNumber, Meta, MetaKey,
     NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
 };
-use netlink_packet_netfilter::NetfilterProtoFamily;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket};
 
@@ -101,7 +101,7 @@ pub(super) async fn remove() -> io::Result<()> {
 }
 
 /// The kernel was built without what we need.
-pub(super) fn is_unsupported(error: &io::Error) -> bool {
+pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOENT | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT))
 }
 
