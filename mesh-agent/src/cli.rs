@@ -17,6 +17,7 @@ use crate::status::Show;
 
 mod cluster;
 mod config_file;
+mod doctor;
 mod exit;
 mod keygen;
 mod show;
@@ -34,7 +35,7 @@ struct Cli {
 }
 
 const AFTER_HELP: &str = "\
-Exit codes: 0 ok, 1 error, 2 wrong usage, 3 no agent running, 4 degraded, 5 no permission.
+Exit codes: 0 ok, 1 error, 2 wrong usage, 3 no agent running, 4 degraded or problems found, 5 no permission.
 Environment: MESHSPAN_LOG (what is logged, e.g. debug), NO_COLOR.";
 
 #[derive(Debug, Args)]
@@ -93,6 +94,8 @@ enum Command {
         /// A host name, or the start of a node id or public key (4 characters or more)
         name: Option<String>,
     },
+    /// Look for what commonly keeps a node from its peers, and say what helps
+    Doctor,
     /// Check or show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -178,6 +181,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Leave => switch::leave(&global),
         Command::Status => show::status(&global),
         Command::Peers { name } => show::peers(&global, name.as_deref()),
+        Command::Doctor => doctor::doctor(&global),
         Command::Config(ConfigCommand::Validate) => config_file::validate(&global),
         Command::Config(ConfigCommand::Show) => config_file::show(&global),
         Command::Keygen { public } => keygen::keygen(public),

@@ -10,6 +10,7 @@
 
 mod cleanup;
 mod link;
+pub(crate) mod nfnetlink;
 mod nft;
 mod routes;
 mod rp_filter;
@@ -27,6 +28,9 @@ use tokio::task::AbortHandle;
 
 pub use self::cleanup::{CleanupReport, cleanup, is_marked, mark, unmark};
 pub use self::watch::HostWatch;
+
+pub(crate) use self::nft::is_unsupported as has_no_nftables;
+pub(crate) use self::rp_filter::sysctl as rp_filter_sysctl;
 
 use self::routes::Table;
 use self::rp_filter::Loosened;

@@ -8,6 +8,7 @@ pub mod clock;
 pub mod daemon;
 pub mod dataplane;
 pub mod device;
+pub mod doctor;
 pub mod durable;
 pub mod eventloop;
 pub mod http;

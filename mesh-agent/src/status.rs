@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 pub mod fill;
 mod table;
 
+pub(crate) use table::clean;
 pub use table::{Show, peer_details, peers_table};
 
 /// The version of this schema: fields are added, never renamed or removed, within one version.

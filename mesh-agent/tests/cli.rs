@@ -487,3 +487,40 @@ fn key_pairs_fit_each_other() {
     assert_eq!(wrong.code, 1);
     assert!(wrong.stderr.contains("base64 of 32 bytes") && !wrong.stderr.contains("rubbish"), "{}", wrong.stderr);
 }
+
+#[test]
+fn the_doctor_says_what_is_wrong_and_what_helps_without_an_agent() {
+    let machine = Machine::new();
+    let nothing = machine.run(&["doctor"]);
+    assert_eq!(nothing.code, 4, "{}", nothing.stderr);
+    assert!(nothing.stdout.contains("Problem: this machine has no config"), "{}", nothing.stdout);
+    assert!(nothing.stdout.contains("Fix: run `mesh-agent init`"), "{}", nothing.stdout);
+
+    // A server that nobody answers for, and a UDP port that is taken.
+    let taken = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let server =
+        DiscoveryServer { endpoint: "https://127.0.0.1:9".parse().unwrap(), pin: Pin([7; 32]), proxied: false };
+    let token = JoinToken { servers: vec![server], ..join_token("home", 1) };
+    assert_eq!(machine.join(&token, &[]).code, 0);
+    let config = machine.config().replace("mesh:\n", &format!("mesh:\n  listenPort: {port}\n"));
+    fs::write(machine.path("etc/config.yaml"), config).unwrap();
+    let ill = machine.run(&["doctor", "-o", "json"]);
+    assert_eq!(ill.code, 4, "{}", ill.stderr);
+    let report: serde_json::Value = serde_json::from_str(&ill.stdout).unwrap();
+    let problems: Vec<&str> = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|finding| finding["level"] == "problem")
+        .map(|finding| finding["what"].as_str().unwrap())
+        .collect();
+    let ours = format!("UDP port {port} is in use by process {} (", std::process::id());
+    for words in ["no agent runs", "nothing answers at https://127.0.0.1:9", &ours] {
+        assert!(problems.iter().any(|what| what.contains(words)), "{words}: {problems:?}");
+    }
+
+    fs::write(machine.path("etc/config.yaml"), "mesh:\n  enabeld: true\n").unwrap();
+    let invalid = machine.run(&["doctor"]);
+    assert!(invalid.stdout.contains("did you mean `enabled`?") && invalid.code == 4, "{}", invalid.stdout);
+}

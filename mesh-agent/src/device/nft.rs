@@ -14,17 +14,16 @@ use std::io;
 
 use futures_util::stream::{self, Stream};
 use mesh_proto::device::MssClamp;
-use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE};
+use netlink_packet_netfilter::NetfilterProtoFamily;
 use netlink_packet_netfilter::nftables::{
     Bitwise, ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, InetHookNumber, Meta, MetaKey,
     NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
 };
-use netlink_packet_netfilter::none::ControlMessage;
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, SocketAddr, TokioSocket};
+use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket};
+
+use super::nfnetlink::{self, Step};
 
 const TABLE: &str = "meshspan";
 /// What iptables calls mangle: before the filters of others, after connection tracking.
@@ -45,9 +44,6 @@ const BYTEORDER_HTON: u32 = 1;
 const EXTHDR_OP_TCPOPT: u32 = 1;
 /// The multicast group of `linux/netfilter/nfnetlink.h` that tells of changes.
 const NFNLGRP_NFTABLES: u32 = 7;
-
-/// One message of the kernel's packet filter, and the flags to send it with.
-type Step = (NfTablesMessage, u16);
 
 /// What cannot be read counts as absent: setting it then says why.
 pub(super) async fn observe(link: &str) -> MssClamp {
@@ -87,7 +83,7 @@ fn names_our_table(datagram: &[u8]) -> bool {
 pub(super) async fn exists() -> bool {
     in_background(|| {
         let get = NfTablesMessage::GetTable(TableMessage { attributes: vec![TableAttribute::Name(TABLE.into())] });
-        request(get, NLM_F_REQUEST)
+        nfnetlink::get(NetfilterProtoFamily::Inet, get)
     })
     .await
     .is_ok_and(|answers| !answers.is_empty())
@@ -96,16 +92,16 @@ pub(super) async fn exists() -> bool {
 /// Replaces our table by one with exactly these rules.
 pub(super) async fn set(link: &str) -> io::Result<()> {
     let steps = replacement(link);
-    in_background(move || transact(steps)).await
+    in_background(move || nfnetlink::transact(NetfilterProtoFamily::Inet, steps)).await
 }
 
 pub(super) async fn remove() -> io::Result<()> {
     // Made first, so that the deletion finds it.
-    in_background(|| transact(vec![new_table(), delete_table()])).await
+    in_background(|| nfnetlink::transact(NetfilterProtoFamily::Inet, vec![new_table(), delete_table()])).await
 }
 
 /// The kernel was built without what we need.
-pub(super) fn is_unsupported(error: &io::Error) -> bool {
+pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOENT | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT))
 }
 
@@ -230,9 +226,10 @@ fn comment(link: &str) -> Vec<u8> {
 /// Chain and user data of every rule in our table.
 fn list_rules() -> io::Result<Vec<(String, Vec<u8>)>> {
     let attributes = vec![RuleAttribute::Table(TABLE.into())];
-    let answers = request(NfTablesMessage::GetRule(RuleMessage { attributes }), NLM_F_REQUEST | NLM_F_DUMP)?;
+    let get = NfTablesMessage::GetRule(RuleMessage { attributes });
+    let answers = nfnetlink::list(NetfilterProtoFamily::Inet, get)?;
     let rules = answers.into_iter().filter_map(|answer| match answer {
-        NfTablesMessage::NewRule(rule) => Some(rule),
+        (_, NfTablesMessage::NewRule(rule)) => Some(rule),
         _ => None,
     });
     Ok(rules
@@ -250,86 +247,6 @@ fn list_rules() -> io::Result<Vec<(String, Vec<u8>)>> {
         .collect())
 }
 
-/// All or nothing, in one datagram as the kernel wants it.
-fn transact(steps: Vec<Step>) -> io::Result<()> {
-    let last = steps.len();
-    let mut datagram = Vec::new();
-    append(&mut datagram, control(ControlMessage::BatchBegin), NLM_F_REQUEST, 0);
-    for (index, (step, flags)) in (1..).zip(steps) {
-        // One acknowledgement tells that all was taken; every failure is told anyway.
-        let ack = if index == last { NLM_F_ACK } else { 0 };
-        append(&mut datagram, tables(step), NLM_F_REQUEST | flags | ack, index);
-    }
-    append(&mut datagram, control(ControlMessage::BatchEnd), NLM_F_REQUEST, last + 1);
-    let socket = open()?;
-    socket.send(&datagram, 0)?;
-    receive(&socket, |_| {})
-}
-
-fn request(message: NfTablesMessage, flags: u16) -> io::Result<Vec<NfTablesMessage>> {
-    let mut datagram = Vec::new();
-    append(&mut datagram, tables(message), flags | NLM_F_ACK, 1);
-    let socket = open()?;
-    socket.send(&datagram, 0)?;
-    let mut answers = Vec::new();
-    receive(&socket, |message| answers.push(message))?;
-    Ok(answers)
-}
-
-fn open() -> io::Result<Socket> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    Ok(socket)
-}
-
-/// Reads up to the first acknowledgement, failure or end of a dump.
-fn receive(socket: &Socket, mut each: impl FnMut(NfTablesMessage)) -> io::Result<()> {
-    loop {
-        let (datagram, _) = socket.recv_from_full()?;
-        let mut rest = datagram.as_slice();
-        while !rest.is_empty() {
-            let message = NetlinkMessage::<NetfilterMessage>::deserialize(rest).map_err(io::Error::other)?;
-            match message.payload {
-                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-                NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(()),
-                NetlinkPayload::InnerMessage(NetfilterMessage {
-                    inner: NetfilterMessageInner::NfTables(answer),
-                    ..
-                }) => {
-                    each(answer);
-                }
-                _ => {}
-            }
-            let length = aligned(message.header.length as usize).max(1);
-            rest = rest.get(length..).unwrap_or_default();
-        }
-    }
-}
-
-fn append(datagram: &mut Vec<u8>, message: NetfilterMessage, flags: u16, sequence: usize) {
-    let mut message = NetlinkMessage::from(message);
-    message.header.flags = flags;
-    message.header.sequence_number = u32::try_from(sequence).unwrap_or(u32::MAX);
-    message.finalize();
-    let start = datagram.len();
-    datagram.resize(start + aligned(message.buffer_len()), 0);
-    message.serialize(&mut datagram[start..start + message.buffer_len()]);
-}
-
-fn aligned(length: usize) -> usize {
-    length.next_multiple_of(4)
-}
-
-fn tables(message: NfTablesMessage) -> NetfilterMessage {
-    NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Inet, 0, 0), message)
-}
-
-fn control(message: ControlMessage) -> NetfilterMessage {
-    const NFNL_SUBSYS_NFTABLES: u16 = 10;
-    NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, NFNL_SUBSYS_NFTABLES), message)
-}
-
 /// What tests do to nftables behind the agent's back.
 #[cfg(test)]
 pub(super) mod lab {
@@ -338,32 +255,28 @@ pub(super) mod lab {
     /// Every table of every family.
     pub(crate) fn tables() -> Vec<String> {
         let get = NfTablesMessage::GetTable(TableMessage { attributes: Vec::new() });
-        let every = NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0), get);
-        let mut datagram = Vec::new();
-        append(&mut datagram, every, NLM_F_REQUEST | NLM_F_DUMP, 1);
-        let socket = open().expect("a netlink socket opens");
-        socket.send(&datagram, 0).expect("a request is sent");
+        let answers = nfnetlink::list(NetfilterProtoFamily::Unspec, get).expect("the tables are listed");
         let mut tables = Vec::new();
-        receive(&socket, |answer| {
+        for (_, answer) in answers {
             if let NfTablesMessage::NewTable(mut table) = answer {
                 // Counted up by the kernel with every table made.
                 table.attributes.retain(|attribute| !matches!(attribute, TableAttribute::Handle(_)));
                 tables.push(format!("{table:?}"));
             }
-        })
-        .expect("the tables are listed");
+        }
         tables
     }
 
     pub(crate) fn make_table(name: &str) {
         let attributes = vec![TableAttribute::Name(name.into())];
-        transact(vec![(NfTablesMessage::NewTable(TableMessage { attributes }), NLM_F_CREATE)])
-            .expect("a table is made");
+        let make = vec![(NfTablesMessage::NewTable(TableMessage { attributes }), NLM_F_CREATE)];
+        nfnetlink::transact(NetfilterProtoFamily::Inet, make).expect("a table is made");
     }
 
     /// Removes the rules of our table and leaves its chains.
     pub(crate) fn flush() {
         let attributes = vec![RuleAttribute::Table(TABLE.into())];
-        transact(vec![(NfTablesMessage::DeleteRule(RuleMessage { attributes }), 0)]).expect("the rules are removed");
+        let flush = vec![(NfTablesMessage::DeleteRule(RuleMessage { attributes }), 0)];
+        nfnetlink::transact(NetfilterProtoFamily::Inet, flush).expect("the rules are removed");
     }
 }

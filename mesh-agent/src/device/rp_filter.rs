@@ -154,7 +154,7 @@ fn request(index: u32, value: u8) -> LinkMessage {
 }
 
 /// As sysctl(8) takes it: with slashes when the link's name has dots of its own, as VLAN links do.
-fn sysctl(name: &str) -> String {
+pub(crate) fn sysctl(name: &str) -> String {
     if name.contains('.') {
         format!("net/ipv4/conf/{name}/rp_filter")
     } else {

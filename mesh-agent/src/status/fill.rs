@@ -22,6 +22,9 @@ use crate::io::carriers::Carriers;
 use crate::io::session::CarrierKind;
 use crate::state::State;
 
+/// How the problem begins that a node has with all its servers.
+pub const NO_SERVER: &str = "no discovery server is connected";
+
 /// What the status of a running node is made of.
 #[expect(missing_debug_implementations, reason = "it holds a closure and lives for one call")]
 pub struct Facts<'a> {
@@ -115,7 +118,7 @@ fn problems(facts: &Facts<'_>) -> Vec<Problem> {
     if facts.is_ready && !view.servers.is_empty() && !view.servers.iter().any(is_connected) {
         let why = view.servers.iter().find_map(|server| server.detail.clone()).unwrap_or_default();
         problems.push(problem(
-            format!("no discovery server is connected: {why}"),
+            format!("{NO_SERVER}: {why}"),
             "known peers keep working; new ones are found when a server is back",
         ));
     }

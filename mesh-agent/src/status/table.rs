@@ -191,7 +191,7 @@ fn or_dash(value: &Option<impl ToString>) -> String {
 }
 
 /// Text without anything a terminal would obey.
-fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
