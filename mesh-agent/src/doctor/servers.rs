@@ -7,12 +7,13 @@ use tokio::time::timeout;
 
 use super::{Finding, Subject};
 use crate::io::session::{Carrier, CarrierKind, DialError, Dialer, ServerAddress};
+use crate::node_settings;
 use crate::status::{self, ServerState, Status};
 
 pub(super) async fn check(subject: &Subject, status: Option<&Status>) -> Result<Vec<Finding>, String> {
     let dialer = Dialer::new().map_err(|error| format!("cannot open sockets for discovery servers: {error}"))?;
-    let servers = &subject.config.discovery;
-    let tried = join_all(servers.iter().map(ServerAddress::from).map(async |address| {
+    let servers = node_settings::servers(&subject.config);
+    let tried = join_all(servers.into_iter().map(async |address| {
         let told = status.and_then(|status| told(status, &address));
         if let Some(status::ServerStatus { state: ServerState::Connected, carrier, .. }) = told {
             return (address, Outcome::Session(*carrier == Some(status::Carrier::Quic)));
@@ -97,6 +98,9 @@ fn fix(error: &DialError, config: &str) -> String {
             "ask for the pin on the server itself (`discovery-server token`), not over the network; if it is the new one, \
              put it into {config}, then `systemctl reload mesh-agent`"
         ),
+        DialError::Proxy { proxy, .. } => format!(
+            "correct `mesh.proxy` in {config} (or HTTPS_PROXY), or have {proxy} let this node through to the server"
+        ),
         DialError::NotTls { .. } | DialError::NotADiscoveryServer { .. } | DialError::HungUp { .. } => {
             format!("correct host and port in {config}, or have the server listen there")
         }
@@ -109,7 +113,7 @@ mod tests {
     use super::*;
 
     fn server(name: &str) -> ServerAddress {
-        ServerAddress { host: name.to_owned(), port: 443, pin: [7; 32] }
+        ServerAddress { host: name.to_owned(), port: 443, pin: [7; 32], proxy: None }
     }
 
     fn answers(by_udp: bool, told: Option<&str>) -> Outcome {
