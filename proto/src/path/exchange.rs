@@ -83,11 +83,7 @@ impl PathAgent {
     /// Behind NATs that map each destination anew, each ping of one side shows the other a new source: without a wish for a
     /// path, or with one as good, an answer is enough. Otherwise two such nodes would ping each other for ever.
     fn may_ping_back(&mut self, from: Endpoint, now: Instant) -> bool {
-        let is_wanted = match self.primary.filter(|_| self.is_direct_trusted(now)) {
-            Some(primary) => primary == from || self.tier_of(from) < self.tier_of(primary),
-            None => true,
-        };
-        if !is_wanted || !self.is_warm(now) {
+        if !self.is_worth_asking(from, now) {
             return false;
         }
         if self.tracks.get(&from).is_some_and(|track| track.last_pong.is_some()) {

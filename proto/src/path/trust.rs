@@ -221,10 +221,19 @@ impl PathAgent {
         Score::new(self.tier_of(endpoint), rtt, endpoint.direct())
     }
 
+    /// Somebody wants a path, and what is heard from may be a better one than what carries.
+    pub(super) fn is_worth_asking(&self, endpoint: Endpoint, now: Instant) -> bool {
+        let is_better = match self.primary.filter(|_| self.is_direct_trusted(now)) {
+            Some(primary) => primary == endpoint || self.tier_of(endpoint) < self.tier_of(primary),
+            None => true,
+        };
+        is_better && self.is_warm(now)
+    }
+
     fn ping_back(&mut self, endpoint: Endpoint, now: Instant) {
         let track = self.track(endpoint);
         let was_pinged = track.last_ping.is_some_and(|at| now.since(at) < PING_BACK_PAUSE);
-        if !was_pinged && !track.is_barred(now) && self.is_warm(now) {
+        if !was_pinged && !track.is_barred(now) && self.is_worth_asking(endpoint, now) {
             self.ping(endpoint, Purpose::Check, now);
         }
     }

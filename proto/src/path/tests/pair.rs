@@ -28,6 +28,8 @@ pub(super) enum Nat {
     Easy,
     /// Both dependent on address and port.
     Hard,
+    /// Mapping dependent on address and port, no filter: each destination sees a source of its own, and all may answer.
+    Anew,
 }
 
 #[derive(Debug, Clone)]
@@ -135,6 +137,7 @@ impl Pair {
                 Nat::Open => (Mapping::EndpointIndependent, Filtering::EndpointIndependent),
                 Nat::Easy => (Mapping::EndpointIndependent, Filtering::AddressAndPortDependent),
                 Nat::Hard => (Mapping::AddressAndPortDependent, Filtering::AddressAndPortDependent),
+                Nat::Anew => (Mapping::AddressAndPortDependent, Filtering::EndpointIndependent),
             };
             let class = |nat| {
                 let (mapping, filtering) = class(nat);
@@ -416,7 +419,7 @@ impl Pair {
         let side = &mut self.sides[at];
         let port = match side.nat {
             Nat::Open | Nat::Easy => side.port,
-            Nat::Hard => {
+            Nat::Hard | Nat::Anew => {
                 let next = side.port + 1 + 7 * side.mappings.len() as u16;
                 *side.mappings.entry(target).or_insert(next)
             }
@@ -430,6 +433,7 @@ impl Pair {
         self.public(at).ip() == target.ip()
             && match side.nat {
                 Nat::Open => target.port() == side.port,
+                Nat::Anew => target.port() == side.port || side.mappings.values().any(|port| *port == target.port()),
                 Nat::Easy | Nat::Hard => side.written_to.contains(&(target.port(), source)),
             }
     }

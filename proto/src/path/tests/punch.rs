@@ -120,3 +120,22 @@ fn a_path_of_small_packets_is_measured() {
     wide.run_for(millis(4000));
     assert_eq!(wide.sides[0].agent.mtu(), None);
 }
+
+#[test]
+fn nats_that_show_each_ping_another_source_start_no_storm() {
+    let mut pair = Pair::new([Nat::Anew, Nat::Anew], 3).with_relay();
+    pair.send_every(0, Some(millis(20)));
+    pair.send_every(1, Some(millis(20)));
+    pair.run_for(millis(10_000));
+    assert!(pair.are_direct());
+    let before = pair.sides[0].probes;
+    pair.run_for(millis(60_000));
+    let probes = pair.sides[0].probes - before;
+    assert!(probes <= 140, "{probes} in a minute: a ping and a pong a second is what a path needs");
+    pair.send_every(0, None);
+    pair.send_every(1, None);
+    pair.run_for(millis(60_000));
+    let before = pair.sides[0].probes;
+    pair.run_for(millis(60_000));
+    assert_eq!(pair.sides[0].probes, before, "nobody uses the peer");
+}
