@@ -76,7 +76,7 @@ impl Bench {
         let dir = world.lab.dir().to_owned();
         let address = IpAddr::from(SERVER[0]);
         let mut server = Server::new(binaries, world.server.clone(), &dir.join("server"), address, None)?;
-        server.add_alternate_stun(SERVER[1].into())?;
+        server.stun_alternate = Some(SERVER[1].into());
         let discovery = server.start()?;
         let secret = config::new_secret()?;
         let mut nodes = Vec::new();
