@@ -9,6 +9,7 @@ pub mod pair;
 pub mod report;
 
 use std::{
+    fs,
     io::{self, Write},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -20,6 +21,7 @@ use crate::{
     Lab,
     binaries::Binaries,
     matrix::{
+        judge::Evidence,
         pair::{Bench, BenchOptions, keep_words},
         report::{Hard, Report, Row},
     },
@@ -128,17 +130,22 @@ pub fn run(binaries: &Binaries, options: &Options) -> Result<Report> {
 }
 
 fn measure(bench: &mut Bench, pair: Pair, patience: Duration, start: Instant, keep: Option<&Path>) -> Row {
-    let verdict = bench.measure(pair, patience);
+    let evidence = bench.arrange(pair).and_then(|()| bench.exchange(pair, patience));
+    let verdict = evidence.as_ref().map(|evidence| evidence.judge(pair.expect(), bench.world.relay_round_trip()));
     let row = Row::of(pair, verdict.as_ref().ok());
     let mut line = format!("{:>7.1} s  {row}", start.elapsed().as_secs_f64());
     match &verdict {
         Ok(verdict) => verdict.faults.iter().for_each(|fault| line.push_str(&format!("\n           {fault}"))),
         Err(error) => line.push_str(&format!("\n           {error:#}")),
     }
-    if let Some(dir) = keep.filter(|_| !row.ok)
-        && let Err(error) = keep_words(&bench.nodes, dir, &format!("{}-{}", row.left, row.right))
-    {
-        line.push_str(&format!("\n           {error:#}"));
+    if let Some(dir) = keep.filter(|_| !row.ok) {
+        let name = format!("{}-{}", row.left, row.right);
+        let timeline = evidence.as_ref().map(Evidence::timeline).unwrap_or_default();
+        let kept = keep_words(&bench.nodes, dir, &name)
+            .and_then(|()| Ok(fs::write(dir.join(format!("{name}.timeline")), timeline)?));
+        if let Err(error) = kept {
+            line.push_str(&format!("\n           {error:#}"));
+        }
     }
     // A closed pipe must not end the run before it has cleaned up.
     let _ = writeln!(io::stderr(), "{line}");

@@ -58,8 +58,7 @@ fn stand_ins(dir: &Path) -> Binaries {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         path
     };
-    let server =
-        "#!/bin/sh\n[ \"$1\" = --help ] && exit 0\necho endpoint=https://a:1\necho pin=none\nexec sleep 1000\n";
+    let server = "#!/bin/sh\necho endpoint=https://a:1\necho pin=none\nexec sleep 1000\n";
     Binaries { agent: write("mesh-agent", "#!/bin/sh\nexec sleep 1000\n"), server: write("discovery-server", server) }
 }
 

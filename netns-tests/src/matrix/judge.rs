@@ -7,6 +7,7 @@
 //! - `lost on switch`: questions and answers lost within two seconds around that time.
 
 use std::{
+    fmt::Write as _,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -136,6 +137,34 @@ impl Evidence {
         };
         let recent: Vec<_> = self.beats.iter().filter(|beat| beat.sent + QUIET >= last.sent).collect();
         recent.iter().filter(|beat| !beat.lost()).count() * 1000 / recent.len()
+    }
+
+    /// How many datagrams went which way, for each quarter of a second from the first question on.
+    pub fn timeline(&self) -> String {
+        const SLICE: Duration = Duration::from_millis(250);
+        let Some(start) = self.beats.first().map(|beat| beat.sent) else {
+            return String::new();
+        };
+        let [to_right, to_left] = self.directions();
+        let relayed: Vec<Instant> = self.relayed.iter().map(|line| line.at).collect();
+        let lost: Vec<Instant> = self.beats.iter().filter(|beat| beat.lost()).map(|beat| beat.sent).collect();
+        let mut text = "    ms  asked  lost  direct to right  to left  at the server\n".to_owned();
+        let mut from = start;
+        while from < self.seen_until {
+            let within = |times: &[Instant]| times.iter().filter(|at| **at >= from && **at < from + SLICE).count();
+            let asked = self.beats.iter().filter(|beat| beat.sent >= from && beat.sent < from + SLICE).count();
+            let _ = writeln!(
+                text,
+                "{:>6}  {asked:>5}  {:>4}  {:>15}  {:>7}  {:>13}",
+                (from - start).as_millis(),
+                within(&lost),
+                within(&to_right),
+                within(&to_left),
+                within(&relayed)
+            );
+            from += SLICE;
+        }
+        text
     }
 
     /// What the captures saw in the last seconds, in words.

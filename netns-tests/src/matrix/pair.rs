@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::Result;
 
-use super::judge::{Evidence, PAYLOAD, PER_SECOND, Verdict, is_tunnelled, may_be_relayed};
+use super::judge::{Evidence, PAYLOAD, PER_SECOND, is_tunnelled, may_be_relayed};
 use crate::{
     Lab,
     binaries::Binaries,
@@ -76,7 +76,7 @@ impl Bench {
         let dir = world.lab.dir().to_owned();
         let address = IpAddr::from(SERVER[0]);
         let mut server = Server::new(binaries, world.server.clone(), &dir.join("server"), address, None)?;
-        server.add_alternate_stun(SERVER[1].into())?;
+        server.stun_alternate = Some(SERVER[1].into());
         let discovery = server.start()?;
         let secret = config::new_secret()?;
         let mut nodes = Vec::new();
@@ -88,13 +88,6 @@ impl Bench {
             nodes.push(node);
         }
         Ok(Self { nodes, server, world, ports: options.ports })
-    }
-
-    /// Makes the pair, runs an exchange from an idle tunnel until it is direct and stays so, or for `patience`.
-    pub fn measure(&mut self, pair: Pair, patience: Duration) -> Result<Verdict> {
-        self.arrange(pair)?;
-        let evidence = self.exchange(pair, patience)?;
-        Ok(evidence.judge(pair.expect(), self.world.relay_round_trip()))
     }
 
     /// Both nodes of a pair at their places, in a new cluster of their own, known to each other and idle.
@@ -147,7 +140,8 @@ impl Bench {
         self.nodes.iter().take(nodes).try_for_each(wait_settled)
     }
 
-    /// Runs the exchange of a pair from left to right and gathers what was seen.
+    /// Runs the exchange of a pair from left to right until it is direct and stays so, or for `patience`, and gathers what
+    /// was seen.
     pub fn exchange(&mut self, pair: Pair, patience: Duration) -> Result<Evidence> {
         let sites = &self.world.sites;
         let watched = match pair {

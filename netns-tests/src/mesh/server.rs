@@ -10,13 +10,7 @@ use std::{
 
 use anyhow::Result;
 
-use crate::{
-    Host,
-    binaries::Binaries,
-    mesh::config::ServerAddress,
-    process::{self, Process},
-    wait,
-};
+use crate::{Host, binaries::Binaries, mesh::config::ServerAddress, process::Process, wait};
 
 const SESSION_PORT: u16 = 7443;
 const STUN_PORT: u16 = 3478;
@@ -32,8 +26,8 @@ pub struct Server {
     program: PathBuf,
     dir: PathBuf,
     ttl: Option<Duration>,
-    /// A second address of the host that answers STUN.
-    stun_alternate: Option<IpAddr>,
+    /// A second address of the host, which answers STUN too.
+    pub stun_alternate: Option<IpAddr>,
     starts: u32,
     process: Option<Process>,
 }
@@ -90,13 +84,6 @@ impl Server {
         let (address, _) = process.explain(said)?;
         self.process = Some(process);
         Ok(address)
-    }
-
-    /// From the next start on it answers STUN on a second address of its host, if it is of a version that can.
-    pub fn add_alternate_stun(&mut self, address: IpAddr) -> Result<()> {
-        let help = process::run(&self.host, &self.program, &["--help".as_ref()], &self.dir)?;
-        self.stun_alternate = help.stdout.contains("--stun-alt-address").then_some(address);
-        Ok(())
     }
 
     /// Ends it as a crash would.
