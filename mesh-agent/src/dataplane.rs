@@ -18,6 +18,7 @@
 mod control;
 mod drops;
 mod engine;
+mod extra;
 mod inbound;
 mod index;
 mod inner;
@@ -36,7 +37,7 @@ pub mod udp;
 
 pub use drops::EngineStats;
 pub use engine::{Clock, Engine};
-pub use io::{DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
+pub use io::{Arrival, DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
 pub use queues::ControlDatagram;
 pub use tun::{Tun, TunError};
 pub use tunnel::{BoringTunnel, BoringTunnels, Refused, TunnelFactory};

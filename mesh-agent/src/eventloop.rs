@@ -15,7 +15,7 @@ use mesh_common::id::ServerId;
 use mesh_common::key::ClusterSecret;
 use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
-use mesh_proto::device::{Action, Link, Observed};
+use mesh_proto::device::{Action, Endpoint, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::path::agent::PathPolicy;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
@@ -289,7 +289,15 @@ impl<'a> Node<'a> {
                 self.store_at.get_or_insert_with(|| clock::now() + STORE_PAUSE);
             }
             AgentEvent::SetRoute(peer, route) => self.engine.set_route(&peer, &route),
-            AgentEvent::SendRaw { to, bytes, ttl } => self.engine.send_raw(to, &bytes, ttl),
+            AgentEvent::SendRaw { to, bytes, ttl } => self.engine.send_raw(to.into(), &bytes, ttl),
+            AgentEvent::SendFrom { socket, to, bytes, ttl } => {
+                self.engine.send_raw(Endpoint::Extra(socket, to), &bytes, ttl);
+            }
+            AgentEvent::OpenSockets { peer, family, count } => {
+                let opened = self.engine.open_extra(family, count);
+                self.agent.handle_sockets(&peer, &opened, clock::now());
+            }
+            AgentEvent::CloseSockets(closed) => self.engine.close_extra(&closed),
             AgentEvent::SendRelay { server, message } => self.carriers.send_relay(server, message),
             AgentEvent::Relayed { server, peer, datagram } => self.engine.handle_relayed(&peer, server, &datagram),
             AgentEvent::Echoed { .. } => {}

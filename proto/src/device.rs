@@ -153,20 +153,35 @@ pub enum Action {
     RemoveMssClamp,
 }
 
+/// A UDP socket beside the main pair. A number is not given again soon after its socket is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SocketId(pub u16);
+
 /// The far end of a path: where datagrams for a peer go, and where its datagrams come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Endpoint {
     /// A UDP address, from the main socket pair.
     Direct(SocketAddr),
+    /// A UDP address, from a socket of its own: one of many that were opened to be found behind a hard NAT.
+    Extra(SocketId, SocketAddr),
     /// The peer itself, behind this discovery server.
     Relay(ServerId),
 }
 
 impl Endpoint {
+    /// The UDP address, whatever socket it is reached from.
     pub fn direct(self) -> Option<SocketAddr> {
         match self {
-            Self::Direct(at) => Some(at),
+            Self::Direct(at) | Self::Extra(_, at) => Some(at),
             Self::Relay(_) => None,
+        }
+    }
+
+    /// The socket that this path alone uses.
+    pub fn socket(self) -> Option<SocketId> {
+        match self {
+            Self::Extra(socket, _) => Some(socket),
+            Self::Direct(_) | Self::Relay(_) => None,
         }
     }
 
@@ -185,6 +200,7 @@ impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Direct(at) => at.fmt(f),
+            Self::Extra(socket, at) => write!(f, "{at} from socket {}", socket.0),
             Self::Relay(server) => write!(f, "relay {}", server.0),
         }
     }

@@ -215,6 +215,7 @@ fn probe(value: &Value) -> Probe {
             observed: body["observed"].as_str().map(|addr| addr.parse().unwrap()),
         },
         "call" => Probe::Call(Call {
+            guess_ports: body["guess_ports"].as_bool().unwrap(),
             answer_wanted: body["answer_wanted"].as_bool().unwrap(),
             nat_v4: nat_class(&body["nat_v4"]),
             nat_v6: nat_class(&body["nat_v6"]),

@@ -28,6 +28,8 @@ drops! {
     OutNotSent = "out_not_sent",
     /// The kernel did not take a probe or a STUN message, most often because there is no route to where it should go.
     OutControlNotSent = "out_control_not_sent",
+    /// Not a packet: the host had no room for the sockets that guessing ports takes.
+    ExtraNotOpened = "extra_not_opened",
     /// More came for relays than control hands on: the oldest went.
     OutRelayQueueFull = "out_relay_queue_full",
     /// The socket failed to receive.

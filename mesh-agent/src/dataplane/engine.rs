@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
 use std::ops;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,7 +14,7 @@ use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
 use mesh_common::limits::REJECT_AFTER_TIME;
 use mesh_common::time::Instant;
-use mesh_proto::device::{PeerCounters, PeerReport, PeerRoute, PeerSpec};
+use mesh_proto::device::{Endpoint, Family, PeerCounters, PeerReport, PeerRoute, PeerSpec, SocketId};
 
 use super::control::Outbox;
 use super::drops::{Drop, EngineStats};
@@ -152,12 +151,25 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         self.shared.control.take_datagrams()
     }
 
-    /// Sends a probe or a STUN message from the socket that carries WireGuard; `ttl` = how many hops it may take at most.
+    /// Sends a probe or a STUN message from the socket that carries WireGuard, or from another one of ours; `ttl` = how many hops it may take at most.
     /// What the kernel does not take is lost and counted.
-    pub fn send_raw(&mut self, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) {
+    pub fn send_raw(&mut self, to: Endpoint, datagram: &[u8], ttl: Option<u8>) {
         if !self.shared.socket.send_one(to, datagram, ttl) {
             self.shared.drops.count(Drop::OutControlNotSent);
         }
+    }
+
+    /// Opens sockets beside the main pair, as many of `count` as it can. What comes to them is taken like the pair's.
+    pub fn open_extra(&mut self, family: Family, count: u16) -> Vec<SocketId> {
+        let opened = self.shared.socket.open_extra(family, count);
+        if opened.len() < usize::from(count) {
+            self.shared.drops.count(Drop::ExtraNotOpened);
+        }
+        opened
+    }
+
+    pub fn close_extra(&mut self, closed: &[SocketId]) {
+        self.shared.socket.close_extra(closed);
     }
 
     /// Waits until [`Self::handle_control`] or a `take_*` has something to give, or the link is lost. Safe to drop at any time.

@@ -102,7 +102,7 @@ impl Batch {
                     }
                 }
                 kind @ (Datagram::Probe | Datagram::Stun) if datagram.len() <= MAX_CONTROL_DATAGRAM => {
-                    if !shared.control.queue_datagram(source, datagram) {
+                    if !shared.control.queue_datagram(source.endpoint(), datagram) {
                         let is_probe = kind == Datagram::Probe;
                         shared.drops.count(if is_probe { Drop::ProbeQueueFull } else { Drop::StunQueueFull });
                     }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use mesh_proto::device::Endpoint;
+use mesh_proto::device::{Endpoint, Family, SocketId};
 
 /// Packets or datagrams in one batch.
 pub const MAX_BATCH: usize = 64;
@@ -29,8 +29,8 @@ pub trait PacketDevice: AsFd + Send + Sync + 'static {
 
 /// Where datagrams come from and go to: the pair of UDP sockets.
 pub trait DatagramSocket: Send + Sync + 'static {
-    /// What to poll for datagrams, one descriptor a family.
-    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 2];
+    /// What to poll for datagrams: one descriptor a family, and one for all sockets beside the pair.
+    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 3];
 
     /// Takes what has arrived, at most a batch, in place of what `batch` held.
     fn receive(&self, batch: &mut Received) -> io::Result<()>;
@@ -40,7 +40,35 @@ pub trait DatagramSocket: Send + Sync + 'static {
     fn send(&self, batch: &Packed<Endpoint>, patience: Duration) -> usize;
 
     /// Sends one datagram, if it may with this many hops at most, and never waits. False when it did not leave.
-    fn send_one(&self, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) -> bool;
+    fn send_one(&self, to: Endpoint, datagram: &[u8], ttl: Option<u8>) -> bool;
+
+    /// Opens sockets beside the pair, as many of `count` as it can.
+    fn open_extra(&self, family: Family, count: u16) -> Vec<SocketId>;
+
+    fn close_extra(&self, closed: &[SocketId]);
+}
+
+/// Where a datagram came from, and to which socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrival {
+    /// `None` = the main pair.
+    pub socket: Option<SocketId>,
+    pub source: SocketAddr,
+}
+
+impl Arrival {
+    pub fn endpoint(self) -> Endpoint {
+        match self.socket {
+            Some(socket) => Endpoint::Extra(socket, self.source),
+            None => Endpoint::Direct(self.source),
+        }
+    }
+}
+
+impl From<SocketAddr> for Arrival {
+    fn from(source: SocketAddr) -> Self {
+        Self { socket: None, source }
+    }
 }
 
 /// A batch that grows by appending into one block: packets, or datagrams with their destination.
@@ -100,7 +128,7 @@ impl<M: Copy> Packed<M> {
 #[derive(Debug)]
 pub struct Received {
     bytes: Box<[u8]>,
-    items: Vec<(usize, SocketAddr)>,
+    items: Vec<(usize, Arrival)>,
 }
 
 impl Default for Received {
@@ -120,8 +148,8 @@ impl Received {
     }
 
     /// Says that the first free slot holds a datagram of `len` bytes.
-    pub fn push(&mut self, len: usize, source: SocketAddr) {
-        self.items.push((len.min(SLOT), source));
+    pub fn push(&mut self, len: usize, arrival: Arrival) {
+        self.items.push((len.min(SLOT), arrival));
     }
 
     pub fn len(&self) -> usize {
@@ -132,14 +160,14 @@ impl Received {
         self.items.is_empty()
     }
 
-    pub fn get(&self, at: usize) -> (&[u8], SocketAddr) {
+    pub fn get(&self, at: usize) -> (&[u8], Arrival) {
         match self.items.get(at) {
-            Some((len, source)) => (&self.bytes[at * SLOT..at * SLOT + len], *source),
-            None => (&[], SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)),
+            Some((len, arrival)) => (&self.bytes[at * SLOT..at * SLOT + len], *arrival),
+            None => (&[], SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0).into()),
         }
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = (&[u8], SocketAddr)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], Arrival)> {
         (0..self.len()).map(|at| self.get(at))
     }
 }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mesh_proto::device::Endpoint;
+use mesh_proto::device::{Endpoint, Family, SocketId};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
@@ -115,8 +115,8 @@ impl MemorySocket {
 }
 
 impl DatagramSocket for MemorySocket {
-    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 2] {
-        [Some(self.inbox.arrived.as_fd()), None]
+    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 3] {
+        [Some(self.inbox.arrived.as_fd()), None, None]
     }
 
     fn receive(&self, batch: &mut Received) -> io::Result<()> {
@@ -128,7 +128,7 @@ impl DatagramSocket for MemorySocket {
         {
             let slot = batch.free_slots().next().expect("the batch is not full");
             slot[..datagram.len()].copy_from_slice(&datagram);
-            batch.push(datagram.len(), source);
+            batch.push(datagram.len(), source.into());
         }
         if batch.len() == MAX_BATCH {
             self.inbox.arrived.write(1)?;
@@ -142,8 +142,17 @@ impl DatagramSocket for MemorySocket {
         0
     }
 
-    fn send_one(&self, to: SocketAddr, datagram: &[u8], _ttl: Option<u8>) -> bool {
-        self.net.inject(self.address, to, datagram);
-        true
+    fn send_one(&self, to: Endpoint, datagram: &[u8], _ttl: Option<u8>) -> bool {
+        to.direct().is_some_and(|to| {
+            self.net.inject(self.address, to, datagram);
+            true
+        })
     }
+
+    /// A host that has no room for them.
+    fn open_extra(&self, _family: Family, _count: u16) -> Vec<SocketId> {
+        Vec::new()
+    }
+
+    fn close_extra(&self, _closed: &[SocketId]) {}
 }

@@ -1,7 +1,7 @@
 //! One peer as the threads see it: its tunnel behind a lock, where its packets go, and what control should hear of it.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,6 +14,7 @@ use mesh_common::time::Instant;
 use mesh_proto::device::{Endpoint, PeerCounters, PeerReport, PeerRoute};
 use mesh_proto::wg::Tunnel;
 
+use super::io::Arrival;
 use super::traffic::Traffic;
 
 /// Demand and roaming are reported at most this often a peer.
@@ -47,7 +48,7 @@ pub(super) struct Inside<T> {
 /// Where a datagram came from.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Source {
-    Direct(SocketAddr),
+    Direct(Arrival),
     /// A relay, and whom it names as the sender.
     Relay(ServerId, WgPublicKey),
 }
@@ -55,7 +56,7 @@ pub(super) enum Source {
 impl Source {
     pub(super) fn endpoint(self) -> Endpoint {
         match self {
-            Self::Direct(at) => Endpoint::Direct(at),
+            Self::Direct(arrival) => arrival.endpoint(),
             Self::Relay(server, _) => Endpoint::Relay(server),
         }
     }
@@ -72,7 +73,7 @@ impl Source {
     /// (RFC 6666) for each peer, whichever relay it took.
     pub(super) fn limited_as(self) -> IpAddr {
         match self {
-            Self::Direct(at) => at.ip(),
+            Self::Direct(arrival) => arrival.source.ip(),
             Self::Relay(_, peer) => {
                 let [a, b, c, d, e, f, g, h, ..] = peer.0;
                 Ipv6Addr::from([1, 0, 0, 0, 0, 0, 0, 0, a, b, c, d, e, f, g, h]).into()

@@ -5,15 +5,16 @@
 
 use std::collections::VecDeque;
 use std::mem;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
+use mesh_proto::device::Endpoint;
 use mesh_proto::wire::demux::WireGuardKind;
 use tokio::sync::Notify;
 
+use super::io::Arrival;
 use super::peer::{Peer, Source};
 
 /// Handshake messages that wait for control: what it does in about 50 ms. As many probes and STUN messages wait beside.
@@ -45,7 +46,7 @@ pub(super) struct HandshakeMessage {
 /// A probe or a STUN message: nobody has judged yet whether it is genuine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlDatagram {
-    pub source: SocketAddr,
+    pub source: Endpoint,
     pub bytes: Bytes,
 }
 
@@ -70,7 +71,7 @@ impl<T> Default for Queues<T> {
 
 impl<T> Queues<T> {
     /// False when the queue is full.
-    pub(super) fn queue_handshake(&self, kind: WireGuardKind, source: SocketAddr, datagram: &[u8]) -> bool {
+    pub(super) fn queue_handshake(&self, kind: WireGuardKind, source: Arrival, datagram: &[u8]) -> bool {
         let mut queue = lock(&self.handshakes);
         if queue.len() >= CONTROL_QUEUE {
             return false;
@@ -86,7 +87,7 @@ impl<T> Queues<T> {
     }
 
     /// False when the queue is full.
-    pub(super) fn queue_datagram(&self, source: SocketAddr, datagram: &[u8]) -> bool {
+    pub(super) fn queue_datagram(&self, source: Endpoint, datagram: &[u8]) -> bool {
         let mut queue = lock(&self.datagrams);
         if queue.len() >= CONTROL_QUEUE {
             return false;

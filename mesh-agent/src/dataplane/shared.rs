@@ -96,7 +96,7 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
     pub(super) fn relay(&self, peer: &WgPublicKey, batch: &Packed<Endpoint>, first: usize) {
         let relayed = batch.iter().skip(first).filter_map(|(datagram, to)| match to {
             Endpoint::Relay(server) => Some((server, datagram)),
-            Endpoint::Direct(_) => None,
+            Endpoint::Direct(_) | Endpoint::Extra(..) => None,
         });
         let mut relayed = relayed.peekable();
         if relayed.peek().is_some() {
@@ -138,12 +138,13 @@ impl Waker {
         let _full = self.0.write(1);
     }
 
-    /// Waits until one of `readable` (at most two) is readable or broken, somebody wakes, or `limit` has passed.
+    /// Waits until one of `readable` (at most three) is readable or broken, somebody wakes, or `limit` has passed.
     pub(super) fn wait(&self, readable: &[Option<BorrowedFd<'_>>], limit: Option<Duration>) {
         let waker = self.0.as_fd();
         // A descriptor that is missing is stood in for by the waker's own.
         let descriptor = |at: usize| readable.get(at).copied().flatten().unwrap_or(waker);
-        let mut polled = [waker, descriptor(0), descriptor(1)].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut polled =
+            [waker, descriptor(0), descriptor(1), descriptor(2)].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let limit = limit.map_or(PollTimeout::NONE, |limit| PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX));
         match poll(&mut polled, limit) {
             Ok(_) | Err(Errno::EINTR) => {

@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, IoSlice};
 use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,13 +14,14 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mesh_proto::device::Endpoint;
+use mesh_proto::device::{Endpoint, Family, SocketId};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 
-use super::io::{DatagramSocket, MAX_BATCH, Packed, Received};
+use super::extra::ExtraSockets;
+use super::io::{Arrival, DatagramSocket, MAX_BATCH, Packed, Received};
 
 /// Asked of the kernel for each direction: some milliseconds at 10 Gbit/s.
 const BUFFER_BYTES: usize = 7 << 20;
@@ -51,6 +53,7 @@ pub struct UdpSockets {
     v4: Option<Socket>,
     v6: Option<Socket>,
     port: u16,
+    extra: ExtraSockets,
     /// Which family is received from first; changes each time, so that a flood on one does not silence the other.
     v6_first: AtomicBool,
 }
@@ -62,7 +65,7 @@ impl UdpSockets {
         let attempts = if port == 0 { ANY_PORT_ATTEMPTS } else { 1 };
         let mut last = None;
         for _ in 0..attempts {
-            match Self::try_bind(port) {
+            match Self::try_bind(port, mark) {
                 Ok(pair) => {
                     pair.mark(mark);
                     return Ok(pair);
@@ -79,7 +82,7 @@ impl UdpSockets {
         self.port
     }
 
-    fn try_bind(port: u16) -> Result<Self, BindError> {
+    fn try_bind(port: u16, mark: u32) -> Result<Self, BindError> {
         let v4 = open((Ipv4Addr::UNSPECIFIED, port).into())?;
         let taken = match &v4 {
             Some(socket) => local_port(socket, port)?,
@@ -93,7 +96,8 @@ impl UdpSockets {
         if v4.is_none() && v6.is_none() {
             return Err(BindError::NoFamily { port });
         }
-        Ok(Self { v4, v6, port, v6_first: AtomicBool::new(false) })
+        let extra = ExtraSockets::new(mark).map_err(|source| BindError::Failed { port, source })?;
+        Ok(Self { v4, v6, port, extra, v6_first: AtomicBool::new(false) })
     }
 
     fn mark(&self, mark: u32) {
@@ -110,8 +114,9 @@ impl UdpSockets {
 }
 
 impl DatagramSocket for UdpSockets {
-    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 2] {
-        [&self.v4, &self.v6].map(|socket| socket.as_ref().map(AsFd::as_fd))
+    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 3] {
+        let [v4, v6] = [&self.v4, &self.v6].map(|socket| socket.as_ref().map(AsFd::as_fd));
+        [v4, v6, Some(self.extra.descriptor())]
     }
 
     fn receive(&self, batch: &mut Received) -> io::Result<()> {
@@ -120,8 +125,12 @@ impl DatagramSocket for UdpSockets {
         if self.v6_first.fetch_xor(true, Ordering::Relaxed) {
             order.reverse();
         }
+        for (id, socket) in self.extra.ready() {
+            // One of many: what is wrong with it shows as silence.
+            let _failed = receive_some(&socket, Some(id), MAX_BATCH / 2, batch);
+        }
         for socket in order.into_iter().flatten() {
-            match receive_some(socket, batch) {
+            match receive_some(socket, None, MAX_BATCH, batch) {
                 Ok(()) => {}
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(_) if !batch.is_empty() => {}
@@ -135,25 +144,52 @@ impl DatagramSocket for UdpSockets {
         let mut lost = 0;
         let families = [(&self.v4, true), (&self.v6, false)];
         for (socket, is_v4) in families {
-            let direct = batch.iter().filter_map(|(bytes, to)| Some((bytes, to.direct()?)));
-            let mut datagrams = direct.filter(|(_, to)| to.is_ipv4() == is_v4);
-            let Some(socket) = socket else {
-                lost += datagrams.count();
-                continue;
-            };
-            while let count @ 1.. = send_some(socket, &mut datagrams, patience, &mut lost) {
-                if count < MAX_BATCH {
-                    break;
-                }
-            }
+            let direct = batch.iter().filter_map(|(bytes, to)| match to {
+                Endpoint::Direct(to) if to.is_ipv4() == is_v4 => Some((bytes, to)),
+                _ => None,
+            });
+            lost += send_all(socket.as_ref(), direct, patience);
+        }
+        let used: BTreeSet<SocketId> = batch.iter().filter_map(|(_, to)| to.socket()).collect();
+        for id in used {
+            let own = batch.iter().filter(|(_, to)| to.socket() == Some(id));
+            let own = own.filter_map(|(bytes, to)| Some((bytes, to.direct()?)));
+            lost += send_all(self.extra.load().get(&id).map(|socket| &**socket), own, patience);
         }
         lost
     }
 
-    fn send_one(&self, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) -> bool {
-        let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
-        socket.as_ref().is_some_and(|socket| send_now(socket, to, datagram, ttl).is_ok())
+    fn send_one(&self, to: Endpoint, datagram: &[u8], ttl: Option<u8>) -> bool {
+        let leaves = |socket: &Socket, to| send_now(socket, to, datagram, ttl).is_ok();
+        match to {
+            Endpoint::Direct(to) => {
+                let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+                socket.as_ref().is_some_and(|socket| leaves(socket, to))
+            }
+            Endpoint::Extra(id, to) => self.extra.load().get(&id).is_some_and(|socket| leaves(socket, to)),
+            Endpoint::Relay(_) => false,
+        }
     }
+
+    fn open_extra(&self, family: Family, count: u16) -> Vec<SocketId> {
+        self.extra.open(family, count)
+    }
+
+    fn close_extra(&self, closed: &[SocketId]) {
+        self.extra.close(closed);
+    }
+}
+
+/// Sends all of one socket and says how many did not leave; without a socket none does.
+fn send_all<'a>(
+    socket: Option<&Socket>,
+    mut datagrams: impl Iterator<Item = (&'a [u8], SocketAddr)>,
+    patience: Duration,
+) -> usize {
+    let Some(socket) = socket else { return datagrams.count() };
+    let mut lost = 0;
+    while send_some(socket, &mut datagrams, patience, &mut lost) == MAX_BATCH {}
+    lost
 }
 
 /// Sends one datagram at once or not at all.
@@ -202,15 +238,17 @@ fn local_port(socket: &Socket, asked: u16) -> Result<u16, BindError> {
     Ok(address.as_socket().map_or(asked, |address| address.port()))
 }
 
-/// Receives what is there into the free slots, by one system call.
-fn receive_some(socket: &Socket, batch: &mut Received) -> Result<(), Errno> {
+/// Receives what is there into the free slots, `most` of them at most, by one system call.
+fn receive_some(socket: &Socket, id: Option<SocketId>, most: usize, batch: &mut Received) -> Result<(), Errno> {
     // SAFETY: mmsghdr and iovec are integers and pointers; all zero means "no name, no data, no control".
     let mut headers: [libc::mmsghdr; MAX_BATCH] = unsafe { mem::zeroed() };
     // SAFETY: as above.
     let mut blocks: [libc::iovec; MAX_BATCH] = unsafe { mem::zeroed() };
     let mut names: [SockAddrStorage; MAX_BATCH] = std::array::from_fn(|_| SockAddrStorage::zeroed());
     let mut count = 0;
-    for (slot, ((header, block), name)) in batch.free_slots().zip(headers.iter_mut().zip(&mut blocks).zip(&mut names)) {
+    for (slot, ((header, block), name)) in
+        batch.free_slots().take(most).zip(headers.iter_mut().zip(&mut blocks).zip(&mut names))
+    {
         *block = libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: slot.len() };
         header.msg_hdr.msg_iov = block;
         header.msg_hdr.msg_iovlen = 1;
@@ -230,7 +268,7 @@ fn receive_some(socket: &Socket, batch: &mut Received) -> Result<(), Errno> {
         let source = unsafe { SockAddr::new(name, header.msg_hdr.msg_namelen) };
         // A socket of an internet family has internet peers; anything else would be the kernel's bug and is an empty slot.
         let source = source.as_socket().unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
-        batch.push(header.msg_len as usize, source);
+        batch.push(header.msg_len as usize, Arrival { socket: id, source });
     }
     Ok(())
 }
@@ -311,7 +349,7 @@ mod tests {
         while all.len() < expected {
             assert!(Instant::now() < deadline, "{} of {expected} datagrams came", all.len());
             sockets.receive(&mut batch).unwrap();
-            all.extend(batch.iter().map(|(bytes, source)| (bytes.to_vec(), source)));
+            all.extend(batch.iter().map(|(bytes, arrival)| (bytes.to_vec(), arrival.source)));
             let fds: Vec<_> = sockets.descriptors().into_iter().flatten().collect();
             let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
             poll(&mut polled, PollTimeout::from(if all.len() < expected { 100u8 } else { 0 })).unwrap();
@@ -363,7 +401,7 @@ mod tests {
 
     /// What `a` sends to `host` arrives with so many hops left to go.
     fn hops_left(a: &UdpSockets, b: &UdpSockets, host: &str, ttl: Option<u8>) -> Option<i32> {
-        assert!(a.send_one(format!("{host}:{}", b.port()).parse().unwrap(), b"probe", ttl));
+        assert!(a.send_one(Endpoint::Direct(format!("{host}:{}", b.port()).parse().unwrap()), b"probe", ttl));
         let socket = if host.starts_with('[') { &b.v6 } else { &b.v4 };
         let socket = socket.as_ref().unwrap();
         poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5000u16)).unwrap();
@@ -392,8 +430,49 @@ mod tests {
             assert!(usual > 2, "{host}: {usual}");
             assert_eq!(hops_left(&a, &b, host, Some(2)), Some(2), "{host}");
             assert_eq!(hops_left(&a, &b, host, None), Some(usual), "{host}");
-            assert!(!a.send_one(format!("{host}:9").parse().unwrap(), &[0; 66_000], None), "no datagram is that long");
+            assert!(
+                !a.send_one(Endpoint::Direct(format!("{host}:9").parse().unwrap()), &[0; 66_000], None),
+                "no datagram is that long"
+            );
         }
+    }
+
+    #[test]
+    fn sockets_beside_the_pair_send_receive_and_close() {
+        let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+        let opened = a.open_extra(Family::V4, 40);
+        assert_eq!(opened.len(), 40);
+        let target: SocketAddr = ([127, 0, 0, 1], b.port()).into();
+        let mut batch = Packed::new(1 << 16);
+        for id in &opened {
+            batch.spare(3).unwrap().fill(7);
+            batch.push(3, Endpoint::Extra(*id, target));
+        }
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), 0);
+        let ports: BTreeSet<u16> = receive(&b, 40).iter().map(|(_, source)| source.port()).collect();
+        assert!(ports.len() == 40 && !ports.contains(&a.port()), "each has a port of its own: {ports:?}");
+
+        // Answers come by the descriptor of all of them, each with the socket it came to.
+        for port in &ports {
+            assert!(b.send_one(Endpoint::Direct(([127, 0, 0, 1], *port).into()), b"answer", None));
+        }
+        let (mut received, mut sockets) = (Received::default(), BTreeSet::new());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while sockets.len() < 40 {
+            assert!(Instant::now() < deadline, "{} answers", sockets.len());
+            let all = a.descriptors()[2].unwrap();
+            poll(&mut [PollFd::new(all, PollFlags::POLLIN)], PollTimeout::from(1000u16)).unwrap();
+            a.receive(&mut received).unwrap();
+            sockets.extend(received.iter().filter_map(|(_, arrival)| arrival.socket));
+        }
+        assert_eq!(sockets, opened.iter().copied().collect());
+
+        a.close_extra(&opened[1..]);
+        assert!(a.send_one(Endpoint::Extra(opened[0], target), b"kept", None));
+        assert!(!a.send_one(Endpoint::Extra(opened[1], target), b"closed", None));
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), 39, "what a closed socket should send is lost and counted");
+        let again = a.open_extra(Family::V4, 1);
+        assert!(!opened.contains(&again[0]), "a number is not given again soon");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use mesh_common::addr;
 use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ClusterKeys, SignKey, WgPublicKey, WgSecret};
 use mesh_common::time::Instant;
-use mesh_proto::device::{Action, Endpoint, UnderlayLink};
+use mesh_proto::device::{Action, Endpoint, SocketId, UnderlayLink};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::mesh::settings::Settings;
 use mesh_proto::path::agent::PathPolicy;
@@ -21,6 +21,9 @@ use mesh_proto::wire::demux::{self, Datagram};
 
 use crate::engine::{Engine, Output};
 use crate::kernel::Kernel;
+
+/// Where a kernel takes ports from that nobody asked for.
+const EPHEMERAL_PORTS: std::ops::Range<u16> = 32_768..61_000;
 
 /// What a host is for its whole life.
 #[derive(Debug)]
@@ -75,8 +78,9 @@ pub enum Effect {
     Reserved(u64),
     /// Steps to carry out a moment later.
     Apply(Vec<Action>),
-    /// From the WireGuard port, with the host's own TTL unless it says another.
+    /// From this port of the host, with its own TTL unless it says another.
     Send {
+        port: u16,
         to: SocketAddr,
         bytes: Bytes,
         ttl: Option<u8>,
@@ -98,6 +102,9 @@ pub struct Host {
     pub agent: Option<Agent>,
     /// Which start of the agent this is: what was meant for an older one is void.
     pub run: u32,
+    /// The ports of sockets beside the main one.
+    sockets: BTreeMap<SocketId, u16>,
+    last_socket: u16,
     node: NodeId,
     key: WgPublicKey,
     overlay_v6: Ipv6Addr,
@@ -115,6 +122,8 @@ impl Host {
             disk: Disk::default(),
             agent: None,
             run: 0,
+            sockets: BTreeMap::new(),
+            last_socket: 0,
             random: SplitMix64::new(plan.seed ^ 0x5eed),
             node,
             key: plan.wg.public(),
@@ -186,6 +195,7 @@ impl Host {
     /// The process dies: the link and its routes go, the floor and the rules stay.
     pub fn kill(&mut self) {
         self.agent = None;
+        self.sockets.clear();
         self.kernel.delete_link();
         self.engine.stop();
     }
@@ -219,10 +229,19 @@ impl Host {
         }
     }
 
-    /// A datagram at the WireGuard port: a tunnel's is the engine's, all else the agent's.
-    pub fn receive(&mut self, datagram: &[u8], source: SocketAddr, now: Instant) {
+    /// Which path a datagram takes that comes from there to this port; `None` when no socket of ours is on it.
+    pub fn path_at(&self, port: u16, source: SocketAddr) -> Option<Endpoint> {
+        if port == self.plan.settings.listen_port {
+            return Some(source.into());
+        }
+        let socket = self.sockets.iter().find(|(_, open)| **open == port);
+        socket.map(|(socket, _)| Endpoint::Extra(*socket, source))
+    }
+
+    /// A datagram at a socket: a tunnel's is the engine's, all else the agent's.
+    pub fn receive(&mut self, datagram: &[u8], source: Endpoint, now: Instant) {
         if let Datagram::WireGuard(_) = demux::classify(datagram) {
-            self.engine.receive(datagram, source.into(), now);
+            self.engine.receive(datagram, source, now);
         } else if let Some(agent) = &mut self.agent {
             agent.handle_datagram(source, datagram, now);
         }
@@ -239,7 +258,14 @@ impl Host {
             let mut quiet = outputs.is_empty();
             for output in outputs {
                 match output {
-                    Output::Send(_, Endpoint::Direct(to), bytes) => effects.push(Effect::Send { to, bytes, ttl: None }),
+                    Output::Send(_, Endpoint::Direct(to), bytes) => {
+                        let port = self.plan.settings.listen_port;
+                        effects.push(Effect::Send { port, to, bytes, ttl: None });
+                    }
+                    Output::Send(_, Endpoint::Extra(socket, to), bytes) => {
+                        let port = self.sockets.get(&socket).copied();
+                        effects.extend(port.map(|port| Effect::Send { port, to, bytes, ttl: None }));
+                    }
                     Output::Send(key, Endpoint::Relay(server), datagram) => {
                         let message = agent.relay(server, &key, &datagram, now);
                         effects.extend(message.map(|message| Effect::Relay(server, message)));
@@ -273,7 +299,28 @@ impl Host {
                     }
                     AgentEvent::SetRoute(key, route) => self.engine.set_route(key, route),
                     AgentEvent::StartHandshake(key) => self.engine.start_handshake(&key, now),
-                    AgentEvent::SendRaw { to, bytes, ttl } => effects.push(Effect::Send { to, bytes, ttl }),
+                    AgentEvent::SendRaw { to, bytes, ttl } => {
+                        let port = self.plan.settings.listen_port;
+                        effects.push(Effect::Send { port, to, bytes, ttl });
+                    }
+                    AgentEvent::SendFrom { socket, to, bytes, ttl } => {
+                        let port = self.sockets.get(&socket).copied();
+                        effects.extend(port.map(|port| Effect::Send { port, to, bytes, ttl }));
+                    }
+                    AgentEvent::OpenSockets { peer, count, .. } => {
+                        let mut opened = Vec::new();
+                        while opened.len() < usize::from(count) {
+                            let port = EPHEMERAL_PORTS.start
+                                + self.random.below(u64::from(EPHEMERAL_PORTS.end - EPHEMERAL_PORTS.start)) as u16;
+                            if self.sockets.values().all(|taken| *taken != port) {
+                                self.last_socket = self.last_socket.wrapping_add(1);
+                                self.sockets.insert(SocketId(self.last_socket), port);
+                                opened.push(SocketId(self.last_socket));
+                            }
+                        }
+                        agent.handle_sockets(&peer, &opened, now);
+                    }
+                    AgentEvent::CloseSockets(closed) => self.sockets.retain(|socket, _| !closed.contains(socket)),
                     AgentEvent::SendRelay { server, message } => effects.push(Effect::Relay(server, message)),
                     AgentEvent::Relayed { server, peer, datagram } => {
                         self.engine.receive_relayed(&datagram, server, &peer, now);

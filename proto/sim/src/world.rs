@@ -340,7 +340,7 @@ impl World {
         if host.agent.is_none() || !host.kernel.accepts(&link, from.ip()) {
             return;
         }
-        host.receive(bytes, from, now);
+        host.receive(bytes, from.into(), now);
         self.touch(to);
     }
 

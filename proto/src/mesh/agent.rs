@@ -15,7 +15,7 @@ use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey,
 use mesh_common::limits::RECONCILE_INTERVAL;
 use mesh_common::time::Instant;
 
-use crate::device::{Action, Endpoint, Observed, PeerReport, PeerRoute, Route, RouteKind};
+use crate::device::{Action, Endpoint, Family, Observed, PeerReport, PeerRoute, Route, RouteKind, SocketId};
 use crate::discovery::client::Client;
 use crate::mesh::members::Members;
 use crate::mesh::peer::Peer;
@@ -27,6 +27,7 @@ use crate::wire::session::SessionError;
 
 mod consequences;
 mod echo;
+mod guessing;
 mod net;
 mod paths;
 mod publish;
@@ -97,6 +98,20 @@ pub enum AgentEvent {
         /// The IP time to live, where it is not the host's own.
         ttl: Option<u8>,
     },
+    /// Open sockets beside the main pair, then call `handle_sockets` with those that could be opened.
+    OpenSockets {
+        peer: WgPublicKey,
+        family: Family,
+        count: u16,
+    },
+    /// The same as [`Self::SendRaw`], from a socket that was opened for it.
+    SendFrom {
+        socket: SocketId,
+        to: SocketAddr,
+        bytes: Bytes,
+        ttl: Option<u8>,
+    },
+    CloseSockets(Vec<SocketId>),
     /// Hand this message to the server's carrier, ahead of nothing: it may be lost like a datagram.
     SendRelay {
         server: ServerId,
@@ -513,12 +528,15 @@ impl Agent {
             self.work_out(now);
             self.drain_clients(now);
         }
+        self.guess_ports(now);
         self.send_probes(now);
         for (key, path) in &mut self.paths {
             while let Some(event) = path.poll_event() {
                 self.events.push_back(match event {
                     PathEvent::Route(route) => AgentEvent::SetRoute(*key, route),
                     PathEvent::StartHandshake => AgentEvent::StartHandshake(*key),
+                    PathEvent::OpenSockets { family, count } => AgentEvent::OpenSockets { peer: *key, family, count },
+                    PathEvent::CloseSockets(sockets) => AgentEvent::CloseSockets(sockets),
                 });
             }
         }

@@ -18,8 +18,9 @@ use mesh_common::limits::{PEER_DOWN_AFTER, PEER_RETRY_MAX, REJECT_AFTER_TIME, RE
 use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 
-use crate::device::{Endpoint, PeerReport, PeerRoute};
+use crate::device::{Endpoint, Family, PeerReport, PeerRoute, SocketId};
 use crate::path::candidate::{Change, Remotes};
+use crate::path::hard::Guessing;
 use crate::path::round::Round;
 use crate::path::track::Track;
 use crate::path::view::Switch;
@@ -43,6 +44,12 @@ const ABSENT: Duration = Duration::from_secs(10);
 pub enum PathEvent {
     Route(PeerRoute),
     StartHandshake,
+    /// Open this many sockets beside the main pair; answer by [`PathAgent::handle_sockets`].
+    OpenSockets {
+        family: Family,
+        count: u16,
+    },
+    CloseSockets(Vec<SocketId>),
 }
 
 /// A probe that wants to go out: the owner of keys and counters seals it. One that waits for a budget may wait.
@@ -65,11 +72,13 @@ pub struct PathPolicy {
     pub dual_send: bool,
     /// Stop to trust a path whose probes are not answered.
     pub trust_expiry: bool,
+    /// Guess the ports of a peer behind a NAT that nothing else gets through.
+    pub guess_ports: bool,
 }
 
 impl Default for PathPolicy {
     fn default() -> Self {
-        Self { call: true, dual_send: true, trust_expiry: true }
+        Self { call: true, dual_send: true, trust_expiry: true, guess_ports: true }
     }
 }
 
@@ -129,6 +138,7 @@ pub struct PathAgent {
     pub(super) last_round: Option<Instant>,
     pub(super) rounds_in_vain: usize,
     pub(super) wanted_direct_since: Option<Instant>,
+    pub(super) guessing: Guessing,
     pub(super) last_call_answer: Option<Instant>,
     pub(super) pongs: BTreeMap<Endpoint, super::exchange::Budget>,
     pub(super) ping_backs: Option<super::exchange::Budget>,
@@ -193,6 +203,7 @@ impl PathAgent {
             last_round: None,
             rounds_in_vain: 0,
             wanted_direct_since: None,
+            guessing: Guessing::default(),
             last_call_answer: None,
             pongs: BTreeMap::new(),
             ping_backs: None,

@@ -37,8 +37,7 @@ pub(super) struct Budget {
 
 impl PathAgent {
     pub(super) fn ping(&mut self, to: Endpoint, purpose: Purpose, now: Instant) {
-        // Any bits of a draw are as good as others.
-        let id = (self.random.next_u64() & u64::from(PING_IDS)) as u32;
+        let id = self.draw_id();
         let track = self.track(to);
         track.sent_ping(id, purpose, now);
         let heard = track.received;
@@ -50,9 +49,15 @@ impl PathAgent {
         self.transmit(ProbeTransmit { to, probe: Probe::Ping { id, heard }, ttl, pad_to });
     }
 
-    pub(super) fn call(&mut self, to: Endpoint, answer_wanted: bool) {
+    /// Any bits of a draw are as good as others.
+    pub(super) fn draw_id(&mut self) -> u32 {
+        (self.random.next_u64() & u64::from(PING_IDS)) as u32
+    }
+
+    /// A call with these flags, and what the peer should know of us.
+    pub(super) fn call(&mut self, to: Endpoint, flags: Call) {
         let [nat_v4, nat_v6] = self.own_nat;
-        let call = Call { answer_wanted, nat_v4, nat_v6, candidates: self.own.clone() };
+        let call = Call { nat_v4, nat_v6, candidates: self.own.clone(), ..flags };
         self.transmit(ProbeTransmit { to, probe: Probe::Call(call), ttl: None, pad_to: None });
     }
 
@@ -105,10 +110,10 @@ impl PathAgent {
             self.track(to).mtu.answered(size, now);
         }
         self.take_heard(to, heard, now);
-        if let Some(at) = to.direct() {
-            if let Some(round) = &mut self.round {
-                round.end(at);
-            }
+        if let (Some(round), Endpoint::Direct(at)) = (&mut self.round, to) {
+            round.end(at);
+        }
+        if !to.is_relay() {
             self.consider(to, now);
         }
     }
@@ -119,11 +124,14 @@ impl PathAgent {
         }
         self.peer_nat = [call.nat_v4, call.nat_v6];
         let is_new = self.remotes.call(&call.candidates) == Change::New;
+        if call.guess_ports {
+            return self.take_guessing_call(from, call, now);
+        }
         if call.answer_wanted {
             self.touch(now);
             if self.last_call_answer.is_none_or(|at| now.since(at) >= CALL_ANSWER) {
                 self.last_call_answer = Some(now);
-                self.call(from, false);
+                self.call(from, Call::default());
             }
         }
         if call.answer_wanted || is_new {

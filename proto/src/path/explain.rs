@@ -13,6 +13,8 @@ pub(super) struct Facts<'a> {
     pub(super) port: Option<u16>,
     /// The first round of probes is under way.
     pub(super) is_looking: bool,
+    /// What came of guessing ports, where that is the only way.
+    pub(super) guessing: Option<String>,
     /// A path answers probes and carries nothing.
     pub(super) unheard: Option<&'a str>,
 }
@@ -41,8 +43,9 @@ pub(super) fn why(facts: &Facts<'_>) -> String {
     let family = common.iter().copied().find(|family| !is_hopeless(facts, *family)).unwrap_or(family.min(common[0]));
     let (own, peer) = (facts.own_nat[family], facts.peer_nat[family]);
     if is_hopeless(facts, family) {
+        let guessing = facts.guessing.as_ref().map(|words| format!("; {words}")).unwrap_or_default();
         return format!(
-            "{}: hole punching cannot work; open UDP port {port} on one side, or enable port mapping on one router",
+            "{}: hole punching cannot work{guessing}; open UDP port {port} on one side, or enable port mapping on one router",
             both_nats(own, peer)
         );
     }

@@ -10,6 +10,7 @@ use crate::path::candidate::{Remote, RemoteKind};
 use crate::path::round::{self, Round};
 use crate::path::score::Tier;
 use crate::path::track::{Failure, Purpose};
+use crate::wire::probe::Call;
 
 /// A path that answered within this long may be probed without sparing its NAT.
 const STILL_OPEN: Duration = Duration::from_secs(20);
@@ -76,7 +77,7 @@ impl PathAgent {
             && self.policy.call
             && let Some(relay) = self.best_relay(now)
         {
-            self.call(Endpoint::Relay(relay), true);
+            self.call(Endpoint::Relay(relay), Call { answer_wanted: true, ..Call::default() });
         }
         self.round = Some(round).filter(|round| !round.is_over());
     }
@@ -96,7 +97,7 @@ impl PathAgent {
     pub(super) fn tier_of(&self, endpoint: Endpoint) -> Tier {
         match endpoint {
             Endpoint::Relay(_) => Tier::Relay,
-            Endpoint::Direct(addr) => {
+            Endpoint::Direct(addr) | Endpoint::Extra(_, addr) => {
                 let kind = self.remotes.kind_of(addr).unwrap_or(RemoteKind::PeerReflexive);
                 self.tier(&Remote { kind, addr })
             }

@@ -3,5 +3,6 @@
 
 mod change;
 mod death;
+mod guess;
 mod pair;
 mod punch;

@@ -44,6 +44,7 @@ impl PathAgent {
             self.heartbeat(now);
             self.ask_mtu(now);
         }
+        self.guess(now);
         self.note_mtu(now);
         let route = self.wanted_route(now);
         if self.route().second.is_some()
@@ -184,6 +185,19 @@ impl PathAgent {
                 self.ping_back(path.endpoint, now);
             }
         }
+        self.follow_peer_to_its_socket(paths, now);
+    }
+
+    /// Chance found several sockets that reach the peer, and it sends to another one than we send from: one is enough.
+    fn follow_peer_to_its_socket(&mut self, paths: &[PathTraffic], now: Instant) {
+        let is_own = |endpoint: Endpoint| endpoint.socket().is_some();
+        let has_come = |endpoint: Endpoint| paths.iter().any(|path| path.endpoint == endpoint && path.received > 0);
+        let Some(primary) = self.primary.filter(|primary| is_own(*primary) && !has_come(*primary)) else { return };
+        let mut others = paths.iter().map(|path| path.endpoint).filter(|endpoint| *endpoint != primary);
+        let chosen = others.find(|other| is_own(*other) && has_come(*other) && self.is_trusted(*other, now));
+        if chosen.is_some() {
+            self.switch(chosen, "the peer sends to this socket", now);
+        }
     }
 
     /// No path is what it was: the network changed, here or there.
@@ -296,7 +310,7 @@ impl PathAgent {
             Some(direct) if !direct.is_relay() => {
                 let works = |from: &Endpoint| match from {
                     Endpoint::Relay(server) => self.available_relays(now).any(|relay| relay == *server),
-                    Endpoint::Direct(_) => self.is_trusted(*from, now),
+                    Endpoint::Direct(_) | Endpoint::Extra(..) => self.is_trusted(*from, now),
                 };
                 let old = from.filter(works).or_else(|| self.best_relay(now).map(Endpoint::Relay));
                 self.before = old

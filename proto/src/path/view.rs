@@ -111,6 +111,7 @@ impl PathAgent {
             },
             port: self.own.iter().find(|own| own.kind == CandidateKind::Host).map(|own| own.addr.port()),
             is_looking: self.round.is_some() && self.rounds_in_vain == 0,
+            guessing: self.guessing_words(now),
             unheard: unheard.map(|failure| failure.reason.as_str()),
         }))
     }

@@ -26,6 +26,7 @@ impl PathAgent {
         let always = [
             self.before.map(|before| (before.until, "stop to send twice")),
             self.relayed_since.map(|since| (since + RELAY_REST, "make packets fit the relay")),
+            self.guessing_due().map(|at| (at, "guess the port of a peer")),
         ];
         let while_used = self.last_active.filter(|_| !self.is_at_rest).map(|active| {
             let primary = self.primary.and_then(|primary| self.tracks.get(&primary));
@@ -51,11 +52,9 @@ impl PathAgent {
         let pause = match primary {
             Endpoint::Relay(_) if self.is_active(now) => RELAY_PING,
             Endpoint::Relay(_) => return None,
-            Endpoint::Direct(_) if self.is_unsure(now) && !track.is_some_and(|track| track.is_dead(now)) => {
-                HEARTBEAT_UNSURE
-            }
-            Endpoint::Direct(_) if self.is_active(now) => HEARTBEAT_ACTIVE,
-            Endpoint::Direct(_) => HEARTBEAT_WARM,
+            _ if self.is_unsure(now) && !track.is_some_and(|track| track.is_dead(now)) => HEARTBEAT_UNSURE,
+            _ if self.is_active(now) => HEARTBEAT_ACTIVE,
+            _ => HEARTBEAT_WARM,
         };
         Some(track.and_then(|track| track.last_ping).map_or(now, |last| last + pause))
     }

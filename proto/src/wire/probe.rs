@@ -38,6 +38,7 @@ const PING: u8 = 1;
 const PONG: u8 = 2;
 const CALL: u8 = 3;
 const ANSWER_WANTED: u8 = 1;
+const GUESS_PORTS: u8 = 2;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Probe {
@@ -59,6 +60,8 @@ pub enum Probe {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Call {
     pub answer_wanted: bool,
+    /// "Let us find each other's ports by chance, now": see [`hard`](crate::path::hard).
+    pub guess_ports: bool,
     pub nat_v4: NatClass,
     pub nat_v6: NatClass,
     /// Best first; what is over [`MAX_CANDIDATES`] is not sent.
@@ -157,7 +160,8 @@ fn write_body(probe: &Probe, out: &mut Vec<u8>) {
             write_address(observed.unwrap_or(UNSPECIFIED), out);
         }
         Probe::Call(call) => {
-            out.push(if call.answer_wanted { ANSWER_WANTED } else { 0 });
+            let flag = |is_set: bool, bit| if is_set { bit } else { 0 };
+            out.push(flag(call.answer_wanted, ANSWER_WANTED) | flag(call.guess_ports, GUESS_PORTS));
             out.extend_from_slice(&nat_bytes(call.nat_v4));
             out.extend_from_slice(&nat_bytes(call.nat_v6));
             let candidates = &call.candidates[..call.candidates.len().min(MAX_CANDIDATES)];
@@ -236,18 +240,15 @@ impl Reader<'_> {
     }
 
     fn call(&mut self) -> Option<Call> {
-        let answer_wanted = match self.u8()? {
-            0 => false,
-            ANSWER_WANTED => true,
-            _ => return None,
-        };
+        let flags = self.u8().filter(|flags| flags & !(ANSWER_WANTED | GUESS_PORTS) == 0)?;
+        let (answer_wanted, guess_ports) = (flags & ANSWER_WANTED != 0, flags & GUESS_PORTS != 0);
         let (nat_v4, nat_v6) = (nat_class(self.array()?)?, nat_class(self.array()?)?);
         let count = Some(usize::from(self.u8()?)).filter(|count| *count <= MAX_CANDIDATES)?;
         let mut candidates = Vec::with_capacity(count);
         for _ in 0..count {
             candidates.push(Candidate { kind: candidate_kind(self.u8()?)?, addr: self.address()? });
         }
-        Some(Call { answer_wanted, nat_v4, nat_v6, candidates })
+        Some(Call { answer_wanted, guess_ports, nat_v4, nat_v6, candidates })
     }
 }
 

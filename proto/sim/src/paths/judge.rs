@@ -7,6 +7,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use mesh_common::limits::LISTEN_PORT;
 use mesh_common::nat::{Filtering, Mapping, NatClass};
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
@@ -37,6 +38,8 @@ const IDLE_AFTER: Duration = Duration::from_secs(60);
 const LAST_ARRIVALS: Duration = Duration::from_secs(2);
 /// Probes of one node within a second.
 const MAX_PROBES_A_SECOND: usize = 200;
+/// The same where ports are guessed: those of the pace, and the first to each known address.
+const MAX_GUESSES_A_SECOND: usize = 440;
 const SECOND: Duration = Duration::from_secs(1);
 
 /// A broken rule.
@@ -154,7 +157,10 @@ pub(super) struct Judge {
     silent_since: Option<Instant>,
     addresses: BTreeMap<usize, BTreeSet<IpAddr>>,
     servers: BTreeSet<IpAddr>,
-    probes: BTreeMap<usize, VecDeque<Instant>>,
+    /// Probes of each host, and those of its guesses: the first one of any of its ports to any other.
+    probes: BTreeMap<(usize, bool), VecDeque<Instant>>,
+    /// Which port of which host has sent a probe where.
+    probed: BTreeSet<(usize, u16, SocketAddr)>,
     summary: Summary,
 }
 
@@ -170,6 +176,7 @@ impl Judge {
             addresses: BTreeMap::new(),
             servers: BTreeSet::new(),
             probes: BTreeMap::new(),
+            probed: BTreeSet::new(),
             summary,
         }
     }
@@ -285,20 +292,22 @@ impl Judge {
         }
     }
 
-    /// A datagram leaves a host from its socket.
-    pub(super) fn note_datagram(&mut self, host: usize, to: SocketAddr, bytes: &[u8], now: Instant) {
+    /// A datagram leaves a host from this port.
+    pub(super) fn note_datagram(&mut self, host: usize, (port, to): (u16, SocketAddr), bytes: &[u8], now: Instant) {
         if self.servers.contains(&to.ip()) {
             return;
         }
         let is_probe = bytes.first() == Some(&demux::PROBE);
         if is_probe {
-            let probes = self.probes.entry(host).or_default();
+            let is_guess = self.probed.insert((host, port, to)) || port != LISTEN_PORT;
+            let limit = if is_guess { MAX_GUESSES_A_SECOND } else { MAX_PROBES_A_SECOND };
+            let probes = self.probes.entry((host, is_guess)).or_default();
             while probes.front().is_some_and(|at| now.since(*at) >= SECOND) {
                 probes.pop_front();
             }
             probes.push_back(now);
             let within_a_second = probes.len();
-            if within_a_second == MAX_PROBES_A_SECOND + 1 {
+            if within_a_second == limit + 1 {
                 self.break_rule(now, Violation::TooManyProbes { host, within_a_second });
             }
         }

@@ -15,7 +15,7 @@ use mesh_proto::wire::stun;
 use super::judge::{Judge, Talk};
 use super::plan::{BUSY, Fault, Plan, PlannedServer, STUN_PORTS, Uplink};
 use super::trace::Trace;
-use super::{Options, Outcome, socket};
+use super::{Options, Outcome};
 use crate::clock::Clock;
 use crate::host::{Effect, Host};
 use crate::internet::{DEFAULT_TTL, Flight, Internet, NetworkId, Node};
@@ -367,7 +367,7 @@ impl World {
                 let delay = self.pause(1, 15);
                 self.clock.after(delay, Event::Apply { host, run, actions });
             }
-            Effect::Send { to, bytes, ttl } => self.send(host, to, bytes, ttl),
+            Effect::Send { port, to, bytes, ttl } => self.send(host, (port, to), bytes, ttl),
             Effect::Relay(server, message) => self.relay(host, server, message),
             Effect::Deliver(key, from, packet) => {
                 if let Some(packet) = Packet::decode(&packet) {
@@ -383,14 +383,14 @@ impl World {
         }
     }
 
-    /// A datagram leaves a host's socket.
-    fn send(&mut self, host: usize, to: SocketAddr, bytes: Bytes, ttl: Option<u8>) {
+    /// A datagram leaves a host from this port.
+    fn send(&mut self, host: usize, (port, to): (u16, SocketAddr), bytes: Bytes, ttl: Option<u8>) {
         let now = self.clock.now();
         let uplink = self.machines[host].uplink();
         let (network, source) = (uplink.network, uplink.source(to.ip()).filter(|_| self.machines[host].is_online));
-        self.judge.note_datagram(host, to, &bytes, now);
+        self.judge.note_datagram(host, (port, to), &bytes, now);
         let Some(source) = source else { return };
-        let flight = self.internet.send(network, socket(source), to, ttl.unwrap_or(DEFAULT_TTL), now);
+        let flight = self.internet.send(network, SocketAddr::new(source, port), to, ttl.unwrap_or(DEFAULT_TTL), now);
         self.trace(|trace| {
             let what = trace.describe(&bytes);
             match &flight {
@@ -431,11 +431,12 @@ impl World {
         let (source, at) = (arrival.source, arrival.destination);
         match arrival.node {
             Node::Host(host) => {
-                if self.machines[host].suspended_until.is_some() || at != socket(at.ip()) {
+                let Some(path) = self.machines[host].host.path_at(at.port(), source) else { return };
+                if self.machines[host].suspended_until.is_some() {
                     return;
                 }
                 self.trace(|trace| format!("{host} gets {} from {source}", trace.describe(&bytes)));
-                self.machines[host].host.receive(&bytes, source, now);
+                self.machines[host].host.receive(&bytes, path, now);
                 self.touch(host);
             }
             Node::Server(server) => self.answer_stun(server, source, at, &bytes),

@@ -5,7 +5,6 @@
 //! it, its instance is the one of the peer's record and its counter is new.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 
 use bytes::Bytes;
 use ipnet::IpNet;
@@ -131,12 +130,12 @@ impl Budget {
 }
 
 impl Agent {
-    /// A probe or a STUN answer that came to the WireGuard port.
-    pub fn handle_datagram(&mut self, source: SocketAddr, bytes: &[u8], now: Instant) {
-        match demux::classify(bytes) {
-            Datagram::Probe => self.handle_probe(Endpoint::Direct(source), None, bytes, now),
-            Datagram::Stun => self.net.handle_stun(source, bytes, now),
-            Datagram::WireGuard(_) | Datagram::Unknown => self.probing.count(Dropped::Malformed),
+    /// A probe or a STUN answer that came to the WireGuard port, or a probe that came to another socket of ours.
+    pub fn handle_datagram(&mut self, source: Endpoint, bytes: &[u8], now: Instant) {
+        match (demux::classify(bytes), source) {
+            (Datagram::Probe, Endpoint::Direct(_) | Endpoint::Extra(..)) => self.handle_probe(source, None, bytes, now),
+            (Datagram::Stun, Endpoint::Direct(source)) => self.net.handle_stun(source, bytes, now),
+            _ => self.probing.count(Dropped::Malformed),
         }
         self.settle(now);
     }
@@ -317,6 +316,7 @@ impl Agent {
         let bytes = probe::seal(&link.keys.send, &self.instance, link.sent, nonce, &probe, pad_to);
         match to {
             Endpoint::Direct(to) => self.events.push_back(AgentEvent::SendRaw { to, bytes, ttl }),
+            Endpoint::Extra(socket, to) => self.events.push_back(AgentEvent::SendFrom { socket, to, bytes, ttl }),
             Endpoint::Relay(server) => {
                 let node = link.node;
                 let message = self.clients.get_mut(&server).and_then(|client| client.relay(&node, &bytes, now));

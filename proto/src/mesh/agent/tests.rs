@@ -196,7 +196,7 @@ fn run(
                 AgentEvent::SendRaw { to, bytes, .. } => {
                     let answer = stun::answer(&bytes, seen(to).parse().unwrap()).unwrap();
                     if answer.from == stun::Change::NONE {
-                        agent.handle_datagram(to, &answer.bytes, now);
+                        agent.handle_datagram(to.into(), &answer.bytes, now);
                     }
                 }
                 _ => {}

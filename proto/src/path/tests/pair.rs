@@ -8,7 +8,7 @@ use mesh_common::id::ServerId;
 use mesh_common::nat::{Filtering, Mapping, NatClass};
 use mesh_common::time::Instant;
 
-use crate::device::{Endpoint, PathTraffic, PeerReport};
+use crate::device::{Endpoint, PathTraffic, PeerReport, SocketId};
 use crate::path::agent::{PathAgent, PathEvent, PathPolicy};
 use crate::random::SplitMix64;
 use crate::wire::probe::Probe;
@@ -48,6 +48,8 @@ enum Event {
     Packet(usize),
     /// This side's device reports.
     Report(usize),
+    /// This side's host opened as many sockets as it could.
+    Opened(usize, u16),
 }
 
 #[derive(Debug)]
@@ -55,8 +57,13 @@ pub(super) struct Side {
     pub(super) agent: PathAgent,
     nat: Nat,
     port: u16,
-    mappings: BTreeMap<SocketAddr, u16>,
+    mappings: BTreeMap<(Option<SocketId>, SocketAddr), u16>,
     written_to: BTreeSet<(u16, SocketAddr)>,
+    /// Those beside the main one that are open now, and as many as its host has room for.
+    pub(super) sockets: Vec<SocketId>,
+    pub(super) room_for_sockets: u16,
+    /// When guesses left.
+    pub(super) guesses: Vec<Instant>,
     has_session: bool,
     /// While the device fans out: where the last handshake completed.
     proven: Option<Endpoint>,
@@ -109,6 +116,9 @@ impl Pair {
             port: 51872,
             mappings: BTreeMap::new(),
             written_to: BTreeSet::new(),
+            sockets: Vec::new(),
+            room_for_sockets: u16::MAX,
+            guesses: Vec::new(),
             has_session: false,
             proven: None,
             queued: 0,
@@ -307,6 +317,15 @@ impl Pair {
                     self.drain(at);
                 }
             }
+            Event::Opened(at, count) => {
+                let side = &mut self.sides[at];
+                let opened: Vec<SocketId> = (0..count.min(side.room_for_sockets)).map(SocketId).collect();
+                side.sockets.extend(&opened);
+                side.agent.handle_sockets(&opened, now);
+                self.drain(at);
+            }
+            Event::Arrive(at, from, _)
+                if from.socket().is_some_and(|socket| !self.sides[at].sockets.contains(&socket)) => {}
             Event::Arrive(at, from, payload) => {
                 match payload {
                     Payload::Probe(probe, _) => self.sides[at].agent.handle_probe(from, &probe, now),
@@ -343,13 +362,18 @@ impl Pair {
 
     fn drain(&mut self, at: usize) {
         loop {
-            if let Some(transmit) = self.sides[at].agent.poll_transmit() {
+            if let Some(guess) = self.sides[at].agent.poll_guess() {
+                self.sides[at].guesses.push(self.now);
+                self.send(at, guess.to, Payload::Probe(guess.probe, guess.pad_to), guess.ttl);
+            } else if let Some(transmit) = self.sides[at].agent.poll_transmit() {
                 self.sides[at].probes += 1;
                 self.send(at, transmit.to, Payload::Probe(transmit.probe, transmit.pad_to), transmit.ttl);
             } else if let Some(event) = self.sides[at].agent.poll_event() {
                 match event {
                     PathEvent::StartHandshake => self.handshake(at),
                     PathEvent::Route(_) => self.sides[at].routes += 1,
+                    PathEvent::OpenSockets { count, .. } => self.after(at, millis(2), Event::Opened(at, count)),
+                    PathEvent::CloseSockets(sockets) => self.sides[at].sockets.retain(|open| !sockets.contains(open)),
                 }
             } else {
                 return;
@@ -392,8 +416,8 @@ impl Pair {
                     self.after(other, millis(self.relay_delay), Event::Arrive(other, Endpoint::Relay(relay), payload));
                 }
             }
-            Endpoint::Direct(target) => {
-                let Some(source) = self.translate(at, target) else { return };
+            Endpoint::Direct(target) | Endpoint::Extra(_, target) => {
+                let Some(source) = self.translate(at, to.socket(), target) else { return };
                 let is_lost = self.random.below(100) < self.loss_percent;
                 let is_data = matches!(payload, Payload::Data(_));
                 let len = if let Payload::Probe(_, Some(len)) = payload { len } else { 0 };
@@ -401,17 +425,19 @@ impl Pair {
                     || self.faults.data && is_data
                     || self.faults.max_len.is_some_and(|max| len > max)
                     || ttl.is_some();
+                let socket = self.socket_behind(other, target.port());
                 if is_lost || is_blocked || !self.is_let_in(other, target, source) {
                     return;
                 }
+                let from = socket.map_or(Endpoint::Direct(source), |socket| Endpoint::Extra(socket, source));
                 let delay = self.random.between(millis(self.delay.0), millis(self.delay.1));
-                self.after(other, delay, Event::Arrive(other, Endpoint::Direct(source), payload));
+                self.after(other, delay, Event::Arrive(other, from, payload));
             }
         }
     }
 
     /// The public source of a datagram of this side, which its NAT remembers. `None` for private destinations.
-    fn translate(&mut self, at: usize, target: SocketAddr) -> Option<SocketAddr> {
+    fn translate(&mut self, at: usize, socket: Option<SocketId>, target: SocketAddr) -> Option<SocketAddr> {
         let public = self.public(at);
         if !target.ip().to_string().starts_with("203.0.113.") {
             return None;
@@ -421,11 +447,17 @@ impl Pair {
             Nat::Open | Nat::Easy => side.port,
             Nat::Hard | Nat::Anew => {
                 let next = side.port + 1 + 7 * side.mappings.len() as u16;
-                *side.mappings.entry(target).or_insert(next)
+                *side.mappings.entry((socket, target)).or_insert(next)
             }
         };
         side.written_to.insert((port, target));
         Some(SocketAddr::new(public.ip(), port))
+    }
+
+    /// Which socket beside the main one has this public port.
+    fn socket_behind(&self, at: usize, port: u16) -> Option<SocketId> {
+        let mut mappings = self.sides[at].mappings.iter();
+        mappings.find(|(_, mapped)| **mapped == port).and_then(|((socket, _), _)| *socket)
     }
 
     fn is_let_in(&self, at: usize, target: SocketAddr, source: SocketAddr) -> bool {

@@ -28,7 +28,7 @@ fn samples() -> Vec<Probe> {
         Probe::Pong { id: 1, heard: 2, observed: Some(([0x20, 1, 0xdb8, 0, 0, 0, 0, 1], 65535).into()) },
         Probe::Pong { id: 1, heard: 2, observed: None },
         Probe::Call(Call::default()),
-        Probe::Call(Call { answer_wanted: true, nat_v4, nat_v6: NatClass::default(), candidates }),
+        Probe::Call(Call { answer_wanted: true, guess_ports: true, nat_v4, nat_v6: NatClass::default(), candidates }),
     ]
 }
 

@@ -22,7 +22,7 @@ fn probes_and_stun_messages_come_to_control_whole_with_their_source() {
         got.len() == 2
     });
     let expected = [(stranger, probe(1)), (endpoint(78), stun.to_vec())];
-    assert_eq!(got, expected.map(|(source, bytes)| ControlDatagram { source, bytes: bytes.into() }));
+    assert_eq!(got, expected.map(|(source, bytes)| ControlDatagram { source: source.into(), bytes: bytes.into() }));
     assert!(nodes[0].engine.stats().drops.values().all(|count| *count == 0), "{:?}", nodes[0].engine.stats());
 }
 
@@ -31,7 +31,7 @@ fn an_answer_leaves_from_the_address_that_carries_wireguard() {
     let net = MemoryNet::default();
     let mut node = Node::start(&net, 1);
     let asker = net.socket(endpoint(77));
-    node.engine.send_raw(endpoint(77), &probe(5), Some(2));
+    node.engine.send_raw(endpoint(77).into(), &probe(5), Some(2));
     assert_eq!(asker.next(), Some((node.endpoint, probe(5))));
 }
 

@@ -145,9 +145,9 @@ fn who_speaks_while_nobody_talks_is_seen_and_servers_may_be_spoken_to() {
     bench.talk(0..1000, direct());
     bench.0.note_silence(at(1000));
     let stun: SocketAddr = "203.0.113.10:3478".parse().unwrap();
-    bench.0.note_datagram(0, peer(), &[4], at(60_900));
-    bench.0.note_datagram(0, stun, &[0], at(65_000));
-    bench.0.note_datagram(0, peer(), &[demux::PROBE], at(65_000));
+    bench.0.note_datagram(0, (LISTEN_PORT, peer()), &[4], at(60_900));
+    bench.0.note_datagram(0, (LISTEN_PORT, stun), &[0], at(65_000));
+    bench.0.note_datagram(0, (LISTEN_PORT, peer()), &[demux::PROBE], at(65_000));
     bench.0.note_relayed(1, at(65_001));
     let broken = [("a probe", 0), ("a relayed datagram", 1)];
     assert_eq!(bench.end(66_000), broken.map(|(what, host)| Violation::SentWhileIdle { host, what }));
@@ -179,11 +179,11 @@ fn too_many_probes_and_datagrams_to_strangers_are_seen() {
     let mut bench = Bench::new(false);
     bench.talk(0..20, direct());
     for probe in 0..400 {
-        bench.0.note_datagram(0, peer(), &[demux::PROBE], at(probe * 5));
+        bench.0.note_datagram(0, (LISTEN_PORT, peer()), &[demux::PROBE], at(probe * 5));
     }
-    bench.0.note_datagram(0, peer(), &[demux::PROBE], at(1999));
+    bench.0.note_datagram(0, (LISTEN_PORT, peer()), &[demux::PROBE], at(1999));
     let stranger: SocketAddr = "192.0.2.99:51872".parse().unwrap();
-    bench.0.note_datagram(0, stranger, &[1], at(2000));
+    bench.0.note_datagram(0, (LISTEN_PORT, stranger), &[1], at(2000));
     bench.talk(500..520, direct());
     let broken = bench.0.summary.violations;
     let broken: Vec<_> = broken.into_iter().map(|(_, violation)| violation).collect();

@@ -1,0 +1,51 @@
+//! Who of the peers may guess ports now, and the sockets that this takes.
+//!
+//! One pair at a time, whoever began it; and none while other paths hold as many sockets as a node keeps.
+
+use mesh_common::key::WgPublicKey;
+use mesh_common::time::Instant;
+
+use super::{Agent, AgentEvent};
+use crate::device::SocketId;
+use crate::path::hard::{MAX_KEPT, Turn};
+
+impl Agent {
+    /// What came of [`AgentEvent::OpenSockets`]: fewer than asked for, or none, when the host has no room.
+    pub fn handle_sockets(&mut self, peer: &WgPublicKey, sockets: &[SocketId], now: Instant) {
+        if self.paths.contains_key(peer) {
+            self.with_path(peer, now, |path| path.handle_sockets(sockets, now));
+        } else if !sockets.is_empty() {
+            self.events.push_back(AgentEvent::CloseSockets(sockets.to_vec()));
+        }
+        self.settle(now);
+    }
+
+    /// Gives the turn to the one that guesses or else to one that wants to, and sends what it has to send.
+    pub(super) fn guess_ports(&mut self, now: Instant) {
+        let busy = self.paths.iter().find(|(_, path)| path.is_guessing()).map(|(key, _)| *key);
+        let kept: usize =
+            self.paths.iter().filter(|(key, _)| Some(**key) != busy).map(|(_, path)| path.sockets()).sum();
+        let others = if busy.is_some() || kept >= MAX_KEPT { Turn::None } else { Turn::IfAsked };
+        let wanting = || self.paths.iter().find(|(_, path)| path.wants_to_guess(now)).map(|(key, _)| *key);
+        let next = busy.or_else(|| wanting().filter(|_| others == Turn::IfAsked));
+        for (key, path) in &mut self.paths {
+            path.handle_guessing_turn(if Some(*key) == next { Turn::Own } else { others }, now);
+        }
+        let Some(next) = next else { return };
+        while let Some(guess) = self.paths.get_mut(&next).and_then(|path| path.poll_guess()) {
+            self.send_probe(&next, guess, now);
+        }
+    }
+
+    /// Paths of nodes that are no peers any more go, and their sockets with them.
+    pub(super) fn keep_paths(&mut self, is_kept: impl Fn(&WgPublicKey) -> bool) {
+        let events = &mut self.events;
+        self.paths.retain(|key, path| {
+            let is_kept = is_kept(key);
+            if !is_kept && path.sockets() > 0 {
+                events.push_back(AgentEvent::CloseSockets(path.open_sockets().collect()));
+            }
+            is_kept
+        });
+    }
+}
