@@ -61,6 +61,8 @@ pub(crate) fn status() -> Status {
             name: "disc.example:443".to_owned(),
             state: ClientState::Waiting { until: now },
             detail: Some("the reason, as below".to_owned()),
+            relays: false,
+            rtt: None,
         }],
         net: Report::default(),
         stun_rejected: 0,

@@ -127,6 +127,9 @@ struct Session {
     ping_due: bool,
     pings: u64,
     next_ping: Option<Instant>,
+    /// The ping whose answer tells the round trip time, and when it was due.
+    timed: Option<(u64, Instant)>,
+    rtt: Option<Duration>,
     /// The network changed: dead unless this ping or a later one is answered until then.
     probe: Option<(u64, Instant)>,
     /// The welcome offered it.
@@ -224,6 +227,9 @@ impl Client {
                 if self.session.probe.is_some_and(|(ping, _)| number >= ping) {
                     self.session.probe = None;
                 }
+                if let Some((_, at)) = self.session.timed.take_if(|(ping, _)| *ping == number) {
+                    self.session.rtt = Some(now.since(at));
+                }
             }
             ServerMessage::Drain { retry_after } => {
                 let reason = format!("{} restarts and asked to come back", self.config.server_name);
@@ -294,7 +300,7 @@ impl Client {
             return self.hang_up(reason, Ending::NetworkChanged, now);
         }
         if self.session.next_ping.is_some_and(|next| next <= now) {
-            self.session.ping_due = true;
+            self.ping(now);
             self.session.next_ping = Some(now + SESSION_KEEPALIVE);
         }
         if self.session.put_retry.is_some_and(|retry| retry <= now) {
@@ -321,6 +327,23 @@ impl Client {
             }
             ClientState::Stopped => {}
         }
+    }
+
+    /// Measures the round trip time anew, where there is a session.
+    pub fn handle_check(&mut self, now: Instant) {
+        if matches!(self.state, ClientState::Syncing | ClientState::Live) {
+            self.ping(now);
+        }
+    }
+
+    /// A round trip over the session, the last time it was measured.
+    pub fn rtt(&self) -> Option<Duration> {
+        self.session.rtt
+    }
+
+    /// Whether a ping waits for its answer.
+    pub fn is_measuring(&self) -> bool {
+        self.session.timed.is_some()
     }
 
     /// Whether [`Self::relay`] would give a message now.
@@ -440,7 +463,13 @@ impl Client {
     /// The session shows that it still lives, or is replaced. Later doubts do not put the deadline off.
     fn doubt_session(&mut self, now: Instant) {
         self.session.probe.get_or_insert((self.session.pings + 1, now + PROBE_TIMEOUT));
-        self.session.ping_due = true;
+        self.ping(now);
+    }
+
+    fn ping(&mut self, now: Instant) {
+        if !std::mem::replace(&mut self.session.ping_due, true) {
+            self.session.timed = Some((self.session.pings + 1, now));
+        }
     }
 
     fn has_session(&self) -> bool {

@@ -207,7 +207,8 @@ struct ServerFacts {
     addresses: Vec<IpAddr>,
     stun_ports: Vec<u16>,
     stun_alt: Vec<SocketAddr>,
-    refused: Option<SessionError>,
+    /// And when it said so last.
+    refused: Option<(SessionError, Instant)>,
     lost: Option<String>,
 }
 

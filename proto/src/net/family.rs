@@ -99,6 +99,18 @@ impl FamilyNet {
         }
     }
 
+    /// Asks everything again, as far as that is not under way.
+    pub(super) fn handle_check(&mut self, desk: &mut Desk, now: Instant) {
+        if !self.reflectors.is_empty() && !self.checking {
+            self.begin_check(desk, now);
+            self.handle_timeout(desk, now);
+        }
+    }
+
+    pub(super) fn is_checking(&self) -> bool {
+        self.checking
+    }
+
     fn begin_check(&mut self, desk: &mut Desk, now: Instant) {
         self.checking = true;
         self.check_at = None;

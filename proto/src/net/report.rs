@@ -148,6 +148,18 @@ impl NetReport {
         self.conclude();
     }
 
+    /// Somebody wants to know now.
+    pub fn handle_check(&mut self, now: Instant) {
+        self.v4.handle_check(&mut self.desk, now);
+        self.v6.handle_check(&mut self.desk, now);
+        self.conclude();
+    }
+
+    /// Whether servers are being asked for what they see.
+    pub fn is_checking(&self) -> bool {
+        self.v4.is_checking() || self.v6.is_checking()
+    }
+
     pub fn handle_timeout(&mut self, now: Instant) {
         self.v4.handle_timeout(&mut self.desk, now);
         self.v6.handle_timeout(&mut self.desk, now);

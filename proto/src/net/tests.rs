@@ -389,6 +389,25 @@ fn filtering_is_not_asked_through_doors_that_are_open_by_now() {
 }
 
 #[test]
+fn a_check_on_demand_asks_again_and_comes_to_an_end_also_where_nobody_answers() {
+    let mut world = World::new(NatKind::default(), vec![server("192.0.2.1")], 1);
+    world.net.handle_check(world.now);
+    assert!(!world.net.is_checking(), "there is nobody to ask");
+    world.start();
+    world.run(CHECK_TIME);
+    for blocked in [false, true] {
+        world.udp_blocked = blocked;
+        assert!(!world.net.is_checking());
+        let before = world.sent_to("192.0.2.1:3478");
+        world.net.handle_check(world.now);
+        world.drain();
+        assert!(world.net.is_checking() && world.sent_to("192.0.2.1:3478") > before);
+        world.run_until(Duration::from_secs(3), |net| !net.is_checking());
+        assert_eq!(world.net.report().v4.udp_blocked, blocked);
+    }
+}
+
+#[test]
 fn another_uplink_is_another_report_within_two_seconds() {
     let mut world = World::new(NatKind::default(), vec![server_with_alt("192.0.2.1", "192.0.2.2")], 1);
     world.start();

@@ -365,6 +365,25 @@ fn a_server_that_does_not_answer_is_given_up_in_time() {
 }
 
 #[test]
+fn the_round_trip_is_measured_by_the_answer_to_its_own_ping() {
+    let mut client = dialing();
+    client.handle_check(at(0));
+    assert!(!client.is_measuring(), "there is no session");
+    live(&mut client, 1, at(0));
+    client.handle_check(at(1));
+    client.handle_check(at(2));
+    assert_eq!(sent(&mut client), [ClientMessage::Ping(1)]);
+    receive(&mut client, &ServerMessage::Pong(7), at(2));
+    assert!((client.is_measuring(), client.rtt()) == (true, None), "a number that nobody asked for");
+    receive(&mut client, &ServerMessage::Pong(1), at(1) + Duration::from_millis(40));
+    assert_eq!((client.is_measuring(), client.rtt()), (false, Some(Duration::from_millis(40))));
+    receive(&mut client, &ServerMessage::Pong(1), at(3));
+    assert_eq!(client.rtt(), Some(Duration::from_millis(40)));
+    client.handle_disconnected("the carrier broke", at(3));
+    assert_eq!(client.rtt(), None);
+}
+
+#[test]
 fn a_session_is_kept_alive_and_a_dead_one_noticed() {
     let mut client = dialing();
     live(&mut client, 1, at(0));

@@ -11,10 +11,23 @@ use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 
 use super::{Agent, AgentEvent, ServerFacts};
+use crate::discovery::client::Client;
 use crate::net::report::StunServer;
 use crate::wire::address::canonical;
 
 impl Agent {
+    /// Somebody wants to know how the network looks now: servers are asked again.
+    pub fn check_net(&mut self, now: Instant) {
+        self.net.handle_check(now);
+        self.clients.values_mut().for_each(|client| client.handle_check(now));
+        self.settle(now);
+    }
+
+    /// Whether an answer to [`Self::check_net`] may still come.
+    pub fn is_checking_net(&self) -> bool {
+        self.net.is_checking() || self.clients.values().any(Client::is_measuring)
+    }
+
     /// Servers came, went, or told where they answer STUN.
     pub(super) fn tell_net_servers(&mut self, now: Instant) {
         let stun = |(server, facts): (&ServerId, &ServerFacts)| {

@@ -56,8 +56,11 @@ impl Agent {
             ClientEvent::Relayed { from, payload } => self.handle_relayed(server, from, payload, now),
             ClientEvent::NoPeer(node) => self.handle_no_peer(server, node, now),
             ClientEvent::Refused(error) => {
-                tracing::warn!(server = %name, %error, "the discovery server refused a request");
-                facts.refused = Some(error);
+                // A relay over its limit says so each second.
+                if facts.refused.as_ref().is_none_or(|(before, _)| before.limit != error.limit) {
+                    tracing::warn!(server = %name, %error, "the discovery server refused a request");
+                }
+                facts.refused = Some((error, now));
             }
             ClientEvent::Lost { reason, retry_in } => {
                 tracing::warn!(server = %name, %reason, ?retry_in, "no session with the discovery server");

@@ -357,3 +357,21 @@ fn what_a_proxys_name_resolves_to_is_no_stun_server() {
         assert_eq!(std::iter::from_fn(|| agent.poll_event()).any(asks), is_asked);
     }
 }
+
+#[test]
+fn a_relay_over_its_limit_is_shown_as_long_as_it_is_met() {
+    use crate::wire::session::{ErrorCode, SessionError};
+    let mut agent = fresh(settings(1));
+    let refuse = |agent: &mut Agent, code, limit: &str, now| {
+        let error = SessionError { code, limit: limit.to_owned(), retry_after: Duration::from_secs(1) };
+        agent.handle_client_event(ServerId(0), ClientEvent::Refused(error), now);
+    };
+    let detail = |agent: &Agent, now| agent.view(now).servers[0].detail.clone();
+    refuse(&mut agent, ErrorCode::RateLimited, "relay-client-bytes", at(1));
+    let shown = "this relay drops what is over its limit relay-client-bytes: send less, or raise --relay-client-bytes on the \
+                 server";
+    assert_eq!(detail(&agent, at(5)).as_deref(), Some(shown));
+    assert_eq!(detail(&agent, at(11)), None);
+    refuse(&mut agent, ErrorCode::ServerFull, "max-connections", at(12));
+    assert_eq!(detail(&agent, at(100)).as_deref(), Some("the server is full (max-connections)"));
+}

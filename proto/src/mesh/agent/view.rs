@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh_common::host_name::HostName;
@@ -17,6 +18,10 @@ use crate::mesh::peer::Verdict;
 use crate::net::report::Report;
 use crate::path::agent::PathState;
 use crate::path::view::PathView;
+use crate::wire::session::{ErrorCode, SessionError};
+
+/// A relay tells each second that its limit is met.
+const LIMIT_SHOWN: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone)]
 pub struct View {
@@ -52,6 +57,10 @@ pub struct ServerView {
     pub state: ClientState,
     /// Why there is no session, or what the server refused.
     pub detail: Option<String>,
+    /// It passes datagrams on between members.
+    pub relays: bool,
+    /// A round trip over the session.
+    pub rtt: Option<Duration>,
 }
 
 #[derive(Debug, Clone)]
@@ -83,7 +92,7 @@ impl Agent {
             overlay_v6: self.overlay_v6(),
             overlay_v4: self.overlay_v4(),
             published_seq: self.publisher.published_seq(),
-            servers: self.server_views(),
+            servers: self.server_views(now),
             net: self.net.report().clone(),
             stun_rejected: self.net.rejected(),
             peers: self.member_views(now).chain(self.static_views()).collect(),
@@ -102,14 +111,16 @@ impl Agent {
         self.members.get(&peer.node).map(|member| &member.record.host_name)
     }
 
-    fn server_views(&self) -> Vec<ServerView> {
+    fn server_views(&self, now: Instant) -> Vec<ServerView> {
         let view = |(place, client): (&ServerId, &crate::discovery::client::Client)| {
             let facts = self.server_facts.get(place);
-            let refused = facts.and_then(|facts| facts.refused.as_ref()).map(ToString::to_string);
+            let refused = facts.and_then(|facts| facts.refused.as_ref()).and_then(|refused| refusal(refused, now));
             ServerView {
                 name: self.settings.servers[place.0].name.clone(),
                 state: client.state(),
                 detail: refused.or_else(|| facts.and_then(|facts| facts.lost.clone())),
+                relays: client.offers_relay(),
+                rtt: client.rtt(),
             }
         };
         self.clients.iter().map(view).collect()
@@ -152,6 +163,17 @@ impl Agent {
             last_evidence: None,
         })
     }
+}
+
+/// What a server refused, in words; a relay's limit only while it is met.
+fn refusal((error, at): &(SessionError, Instant), now: Instant) -> Option<String> {
+    if error.code != ErrorCode::RateLimited || !error.limit.starts_with("relay-") {
+        return Some(error.to_string());
+    }
+    let limit = &error.limit;
+    (now.since(*at) < LIMIT_SHOWN).then(|| {
+        format!("this relay drops what is over its limit {limit}: send less, or raise --{limit} on the server")
+    })
 }
 
 /// A step in words, without secrets.
