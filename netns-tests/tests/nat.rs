@@ -2,7 +2,13 @@
 //! catches rule sets that are not what they claim.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use netns_tests::{
     Entry, Host, Lab, enter_or_skip,
@@ -141,6 +147,38 @@ fn mappings_end_with_their_time_their_router_and_their_address() {
     let moved = bench.reflector.seen(&socket, 0, 0).unwrap().unwrap();
     assert_eq!(moved.ip(), bench.world.sites[0].outer_address(HOST));
     assert_ne!(moved.ip(), outer.ip());
+}
+
+#[test]
+fn traffic_under_way_does_not_bring_a_forgotten_mapping_back() {
+    if enter_or_skip("traffic_under_way_does_not_bring_a_forgotten_mapping_back") == Entry::Handled {
+        return;
+    }
+    let mut bench = Bench::new(false);
+    bench.become_kind(Kind::EimApdf, Ports::Kept, false);
+    let (socket, outer) = bench.reflector.outer(&bench.host, 7000).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let sending = bench
+        .host
+        .start_inside({
+            let (stop, socket) = (Arc::clone(&stop), socket.try_clone().unwrap());
+            move || {
+                while !stop.load(Ordering::Relaxed) {
+                    // Refused while the router's address changes.
+                    let _ = socket.send_to(b"under way", (SERVER[0], 9));
+                }
+                Ok(())
+            }
+        })
+        .unwrap();
+    for last in [77, 78, 79, 80] {
+        bench.site().change_home_address(last).unwrap();
+        let now = bench.reflector.seen(&socket, 0, 0).unwrap().unwrap();
+        assert_ne!(now.ip(), outer.ip());
+        assert_eq!(now.ip(), bench.world.sites[0].outer_address(HOST));
+    }
+    stop.store(true, Ordering::Relaxed);
+    sending.join().unwrap().unwrap();
 }
 
 #[test]

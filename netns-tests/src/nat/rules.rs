@@ -51,6 +51,13 @@ pub fn none() -> Vec<Table> {
     ]
 }
 
+/// A router that is being restarted: nothing passes, so nothing is remembered of what tries.
+pub fn closed() -> Vec<Table> {
+    let mut tables = none();
+    tables[0].chains = vec![filter("inp", Hook::Input, Vec::new()), filter("forw", Hook::Forward, Vec::new())];
+    tables
+}
+
 /// A network that has only a proxy on its router, at this TCP port: nothing is forwarded.
 pub fn proxy_only(port: u16) -> Vec<Table> {
     let mut tables = tables(Router::UdpBlocked, &Options::default());
@@ -91,14 +98,17 @@ fn firewall(router: Router, options: &Options) -> Table {
     if options.hairpin {
         forward.push(Rule::new().from_links_of(LAN).to_links_of(LAN).status(DNAT).accept());
     }
-    let chain =
-        |name, hook, rules| Chain { name, kind: ChainType::Filter, hook, priority: 0, policy: Verdict::Drop, rules };
     Table {
         family: Family::Inet,
         name: "fw",
         sets: Vec::new(),
-        chains: vec![chain("inp", Hook::Input, input), chain("forw", Hook::Forward, forward)],
+        chains: vec![filter("inp", Hook::Input, input), filter("forw", Hook::Forward, forward)],
     }
+}
+
+/// What no rule accepts is dropped.
+fn filter(name: &'static str, hook: Hook, rules: Vec<Rule>) -> Chain {
+    Chain { name, kind: ChainType::Filter, hook, priority: 0, policy: Verdict::Drop, rules }
 }
 
 fn takes_from_outside(router: Router) -> bool {

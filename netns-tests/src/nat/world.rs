@@ -204,17 +204,18 @@ impl Site {
     /// attach them again when the site becomes open or stops being so.
     pub fn become_kind(&mut self, kind: Kind, ports: Ports, hairpin: bool) -> Result<()> {
         self.kind = kind;
+        self.close()?;
         self.options = if kind.has_carrier() {
             Options { wan: "up", also_wan: Some("wan"), ports, hairpin, ..self.options }
         } else {
             Options { wan: "wan", also_wan: None, ports, hairpin, ..self.options }
         };
-        self.reload()?;
         self.leave_by(if kind.has_carrier() {
             Ipv4Addr::new(100, 64, self.number, 1)
         } else {
             Ipv4Addr::new(5, self.number, 1, 1)
-        })
+        })?;
+        self.reload()
     }
 
     /// How long mappings without packets live: of flows that saw one packet, of lasting flows, and of sockets.
@@ -232,8 +233,15 @@ impl Site {
         let home = routers.next().map_or_else(rules::none, |router| rules::tables(*router, &self.options));
         let outer = Options { wan: "wan", also_wan: None, ..self.options };
         let carrier = routers.next().map_or_else(rules::none, |router| rules::tables(*router, &outer));
-        for (router, tables) in [(&self.home, home), (&self.carrier, carrier)] {
-            router.load_rules(&tables)?;
+        self.close()?;
+        self.home.load_rules(&home)?;
+        self.carrier.load_rules(&carrier)
+    }
+
+    /// Nothing passes, and all is forgotten. Closed first: a packet on its way would teach the new rules old mappings.
+    fn close(&self) -> Result<()> {
+        for router in [&self.home, &self.carrier] {
+            router.load_rules(&rules::closed())?;
             router.flush_connections()?;
         }
         Ok(())
@@ -242,6 +250,7 @@ impl Site {
     /// The home gets another address on its wire, as after a reconnect, and forgets every mapping.
     pub fn change_home_address(&mut self, last: u8) -> Result<()> {
         let address = Ipv4Addr::new(5, self.number, 1, last);
+        self.close()?;
         // Deleting an address deletes the routes through it.
         self.home.delete_address("wan", self.home_address.into())?;
         self.home.add_address("wan", IpNet::new(address.into(), 24)?)?;
