@@ -106,7 +106,7 @@ pub(super) enum Verdict {
     Jump(String),
     Goto(String),
     /// Looked up by a field.
-    Map(Operand, Vec<(Range, Verdict)>),
+    Map(Operand, Vec<(Range, Self)>),
 }
 
 /// What becomes of the packet at one base chain.
