@@ -128,7 +128,8 @@ impl PathAgent {
             return self.take_guessing_call(from, call, now);
         }
         if call.answer_wanted {
-            self.touch(now);
+            self.last_called = Some(now);
+            self.is_at_rest = false;
             if self.last_call_answer.is_none_or(|at| now.since(at) >= CALL_ANSWER) {
                 self.last_call_answer = Some(now);
                 self.call(from, Call::default());
