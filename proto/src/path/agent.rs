@@ -43,6 +43,8 @@ const ABSENT: Duration = Duration::from_secs(10);
 pub enum PathEvent {
     Route(PeerRoute),
     StartHandshake,
+    /// The direct path that carried answers no more: perhaps our own NAT forgot it.
+    FellSilent,
 }
 
 /// A probe that wants to go out: the owner of keys and counters seals it. One that waits for a budget may wait.

@@ -350,6 +350,7 @@ impl Pair {
                 match event {
                     PathEvent::StartHandshake => self.handshake(at),
                     PathEvent::Route(_) => self.sides[at].routes += 1,
+                    PathEvent::FellSilent => {}
                 }
             } else {
                 return;
