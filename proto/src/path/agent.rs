@@ -36,6 +36,8 @@ const HANDSHAKE_TRUST: Duration = Duration::from_secs(1);
 pub(super) const ACTIVE: Duration = Duration::from_secs(10);
 /// Tunnel data moved within this long: the path is watched.
 pub(super) const WARM: Duration = Duration::from_secs(30);
+/// The peer called within this long, the time of a round: its probes are helped along.
+pub(super) const CALLED: Duration = Duration::from_secs(10);
 /// A relay that does not reach the peer is asked again after this.
 const ABSENT: Duration = Duration::from_secs(10);
 
@@ -121,6 +123,8 @@ pub struct PathAgent {
     /// The path that carried before, while the new one is not proven to carry the tunnel.
     pub(super) before: Option<Before>,
     pub(super) last_active: Option<Instant>,
+    /// When the peer last called for our probes.
+    pub(super) last_called: Option<Instant>,
     /// Everything that an idle peer needs was done once.
     pub(super) is_at_rest: bool,
     pub(super) relayed_since: Option<Instant>,
@@ -188,6 +192,7 @@ impl PathAgent {
             last_proven: None,
             before: None,
             last_active: None,
+            last_called: None,
             is_at_rest: true,
             relayed_since: None,
             mtu: None,

@@ -120,7 +120,8 @@ impl PathAgent {
         self.peer_nat = [call.nat_v4, call.nat_v6];
         let is_new = self.remotes.call(&call.candidates) == Change::New;
         if call.answer_wanted {
-            self.touch(now);
+            self.last_called = Some(now);
+            self.is_at_rest = false;
             if self.last_call_answer.is_none_or(|at| now.since(at) >= CALL_ANSWER) {
                 self.last_call_answer = Some(now);
                 self.call(from, false);

@@ -19,7 +19,7 @@ const COMPARED_FOR: Duration = Duration::from_millis(1500);
 impl PathAgent {
     /// Something changed that may make a better path: looks for one at once, if anybody wants it.
     pub(super) fn hunt_again(&mut self, now: Instant) {
-        if self.is_warm(now) {
+        if self.is_used(now) {
             self.rounds_in_vain = 0;
             self.hunt_for_peer(now);
         }
@@ -69,7 +69,7 @@ impl PathAgent {
             track.failure = Some(Failure { at: now, reason });
             track.failures = track.failures.saturating_add(1);
         }
-        if proven.is_some() {
+        if proven.is_some() || !self.is_used(now) {
             round.called();
         }
         if round.poll_call(now)

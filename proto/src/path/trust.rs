@@ -9,7 +9,7 @@ use mesh_common::id::ServerId;
 use mesh_common::time::Instant;
 
 use crate::device::{Endpoint, PathTraffic};
-use crate::path::agent::{ACTIVE, Before, PathAgent, PathEvent, WARM};
+use crate::path::agent::{ACTIVE, Before, CALLED, PathAgent, PathEvent, WARM};
 use crate::path::score::Score;
 use crate::path::track::{Failure, Purpose, Track};
 use crate::path::view::Switch;
@@ -61,8 +61,19 @@ impl PathAgent {
         self.last_active.is_some_and(|at| now.since(at) < ACTIVE)
     }
 
-    pub(super) fn is_warm(&self, now: Instant) -> bool {
+    /// Tunnel data, or the wish to send some, on this side: only that makes us look for paths and call the peer. If being called
+    /// did, two nodes would keep each other awake for ever.
+    pub(super) fn is_used(&self, now: Instant) -> bool {
         self.last_active.is_some_and(|at| now.since(at) < WARM)
+    }
+
+    /// Somebody uses this peer, or it called us a moment ago.
+    pub(super) fn is_warm(&self, now: Instant) -> bool {
+        self.warm_until().is_some_and(|until| now < until)
+    }
+
+    pub(super) fn warm_until(&self) -> Option<Instant> {
+        self.last_active.map(|at| at + WARM).max(self.last_called.map(|at| at + CALLED))
     }
 
     /// Somebody uses this peer or wants to.
@@ -315,7 +326,7 @@ impl PathAgent {
             Some(relay) => {
                 self.relayed_since = Some(now);
                 self.track(relay).doubt();
-                self.wanted_direct_since = self.wanted_direct_since.or(Some(now).filter(|_| self.is_warm(now)));
+                self.wanted_direct_since = self.wanted_direct_since.or(Some(now).filter(|_| self.is_used(now)));
             }
             None => {}
         }

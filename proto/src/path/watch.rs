@@ -6,7 +6,7 @@ use mesh_common::limits::LINK_MTU;
 use mesh_common::time::Instant;
 
 use crate::device::Endpoint;
-use crate::path::agent::{ACTIVE, PathAgent, WARM};
+use crate::path::agent::{ACTIVE, PathAgent};
 use crate::path::mtu::RELAY_MTU;
 use crate::path::track::{Purpose, Track};
 
@@ -27,10 +27,10 @@ impl PathAgent {
             self.before.map(|before| (before.until, "stop to send twice")),
             self.relayed_since.map(|since| (since + RELAY_REST, "make packets fit the relay")),
         ];
-        let while_used = self.last_active.filter(|_| !self.is_at_rest).map(|active| {
+        let while_warm = self.warm_until().filter(|_| !self.is_at_rest).map(|until| {
             let primary = self.primary.and_then(|primary| self.tracks.get(&primary));
             [
-                Some((active + WARM, "let a peer rest")),
+                Some((until, "let a peer rest")),
                 self.round.as_ref().and_then(|round| round.next()).map(|at| (at, "probe a peer's addresses")),
                 self.next_round().map(|at| (at, "look for a direct path again")),
                 self.heartbeat_due(judged).map(|at| (at, "ask whether a path answers")),
@@ -40,7 +40,7 @@ impl PathAgent {
                 self.absent.values().min().map(|at| (*at, "try a relay again")),
             ]
         });
-        let due = always.into_iter().chain(while_used.into_iter().flatten()).flatten();
+        let due = always.into_iter().chain(while_warm.into_iter().flatten()).flatten();
         due.filter(|(at, _)| *at > judged).min_by_key(|(at, _)| *at)
     }
 

@@ -124,3 +124,19 @@ fn routes_are_told_only_when_they_change() {
     }
     assert_eq!(pair.sides[0].routes, before);
 }
+
+#[test]
+fn two_nodes_that_nobody_uses_do_not_keep_each_other_awake_by_calling() {
+    for seed in 0..20 {
+        let mut pair = direct([Nat::Easy, Nat::Easy], seed).with_loss(40);
+        pair.send_every(0, None);
+        pair.send_every(1, None);
+        pair.run_for(millis(60_000));
+        let probes = [pair.sides[0].probes, pair.sides[1].probes];
+        pair.run_for(millis(60_000));
+        assert_eq!([pair.sides[0].probes, pair.sides[1].probes], probes, "seed {seed}");
+        for side in &pair.sides {
+            assert_eq!(side.agent.poll_timeout(), None, "seed {seed}");
+        }
+    }
+}
