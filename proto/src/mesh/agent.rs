@@ -531,15 +531,23 @@ impl Agent {
         }
         self.guess_ports(now);
         self.send_probes(now);
+        let mut has_silent_path = false;
         for (key, path) in &mut self.paths {
             while let Some(event) = path.poll_event() {
-                self.events.push_back(match event {
-                    PathEvent::Route(route) => AgentEvent::SetRoute(*key, route),
-                    PathEvent::StartHandshake => AgentEvent::StartHandshake(*key),
-                    PathEvent::OpenSockets { family, count } => AgentEvent::OpenSockets { peer: *key, family, count },
-                    PathEvent::CloseSockets(sockets) => AgentEvent::CloseSockets(sockets),
-                });
+                match event {
+                    PathEvent::Route(route) => self.events.push_back(AgentEvent::SetRoute(*key, route)),
+                    PathEvent::StartHandshake => self.events.push_back(AgentEvent::StartHandshake(*key)),
+                    PathEvent::OpenSockets { family, count } => {
+                        self.events.push_back(AgentEvent::OpenSockets { peer: *key, family, count });
+                    }
+                    PathEvent::CloseSockets(sockets) => self.events.push_back(AgentEvent::CloseSockets(sockets)),
+                    PathEvent::FellSilent => has_silent_path = true,
+                }
             }
+        }
+        if has_silent_path {
+            self.net.handle_doubt(now);
+            self.drain_net(now);
         }
         self.finish_leaving(now);
     }

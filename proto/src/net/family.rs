@@ -30,6 +30,8 @@ const RETRY_BLOCKED_MAX: Duration = Duration::from_secs(60);
 /// NATs forget a UDP mapping after 30 s or more.
 const REFRESH_MIN: Duration = Duration::from_secs(22);
 const REFRESH_MAX: Duration = Duration::from_secs(25);
+/// Paths of many peers fall silent at once: one question for all of them.
+const DOUBT_PAUSE: Duration = Duration::from_secs(2);
 
 /// What all of this node's questions share: who we are, fresh transactions, and what is to be sent.
 pub(super) struct Desk {
@@ -103,6 +105,14 @@ impl FamilyNet {
     pub(super) fn handle_check(&mut self, desk: &mut Desk, now: Instant) {
         if !self.reflectors.is_empty() && !self.checking {
             self.begin_check(desk, now);
+            self.handle_timeout(desk, now);
+        }
+    }
+
+    /// What was refreshed a moment ago is not doubted.
+    pub(super) fn handle_doubt(&mut self, desk: &mut Desk, now: Instant) {
+        if let Some(at) = self.refresh_at.as_mut().filter(|at| at.since(now) + DOUBT_PAUSE < REFRESH_MIN) {
+            *at = now;
             self.handle_timeout(desk, now);
         }
     }

@@ -160,6 +160,14 @@ impl NetReport {
         self.v4.is_checking() || self.v6.is_checking()
     }
 
+    /// A path fell silent: perhaps a NAT before us forgot its mappings or got another address. Asks at once for what the next
+    /// refresh would tell.
+    pub fn handle_doubt(&mut self, now: Instant) {
+        self.v4.handle_doubt(&mut self.desk, now);
+        self.v6.handle_doubt(&mut self.desk, now);
+        self.conclude();
+    }
+
     pub fn handle_timeout(&mut self, now: Instant) {
         self.v4.handle_timeout(&mut self.desk, now);
         self.v6.handle_timeout(&mut self.desk, now);

@@ -376,6 +376,23 @@ fn a_mapping_is_kept_alive_and_its_loss_noticed() {
 }
 
 #[test]
+fn a_path_that_fell_silent_brings_the_question_forward_and_many_bring_one() {
+    let kind = NatKind { keeps_port: false, ..NatKind::default() };
+    let mut world = World::new(kind, vec![server("192.0.2.1")], 1);
+    world.start();
+    world.run(Duration::from_secs(10));
+    let (before, asked) = (world.net.report().clone(), world.sent_to("192.0.2.1:3478"));
+    world.nat.reboot();
+    for _ in 0..50 {
+        world.net.handle_doubt(world.now);
+        world.drain();
+    }
+    let took = world.run_until(Duration::from_secs(5), |net| net.report().v4.reflexive != before.v4.reflexive);
+    assert!(took <= DELAY * 4 + ms(10), "{took:?}");
+    assert!(world.sent_to("192.0.2.1:3478") <= asked + 3);
+}
+
+#[test]
 fn filtering_is_not_asked_through_doors_that_are_open_by_now() {
     let kind = NatKind { lifetime: Duration::from_secs(600), ..NatKind::default() };
     let mut world = World::new(kind, vec![server_with_alt("192.0.2.1", "192.0.2.2")], 1);

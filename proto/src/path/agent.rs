@@ -52,6 +52,8 @@ pub enum PathEvent {
         count: u16,
     },
     CloseSockets(Vec<SocketId>),
+    /// The direct path that carried answers no more: perhaps our own NAT forgot it.
+    FellSilent,
 }
 
 /// A probe that wants to go out: the owner of keys and counters seals it. One that waits for a budget may wait.

@@ -286,12 +286,14 @@ impl PathAgent {
                 if let Some(relay) = relay {
                     track.fail(reason.to_owned(), now);
                     self.switch(Some(Endpoint::Relay(relay)), reason, now);
-                    self.hunt_again(now);
                 } else if track.failure.is_none() {
                     track.failure = Some(Failure { at: now, reason: reason.to_owned() });
                     track.failures = track.failures.saturating_add(1);
-                    self.hunt_again(now);
+                } else {
+                    return;
                 }
+                self.events.push_back(PathEvent::FellSilent);
+                self.hunt_again(now);
             }
             Some(_) => {}
             None => {

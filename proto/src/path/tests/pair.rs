@@ -374,6 +374,7 @@ impl Pair {
                     PathEvent::Route(_) => self.sides[at].routes += 1,
                     PathEvent::OpenSockets { count, .. } => self.after(at, millis(2), Event::Opened(at, count)),
                     PathEvent::CloseSockets(sockets) => self.sides[at].sockets.retain(|open| !sockets.contains(open)),
+                    PathEvent::FellSilent => {}
                 }
             } else {
                 return;
