@@ -26,7 +26,8 @@ const SECOND: Place = Place { site: 0, last: 11 };
 /// The site that left moves to.
 const OTHER_SITE: usize = 2;
 const PROXY_PORT: u16 = 3128;
-const SUSPENDED: Duration = Duration::from_secs(10);
+/// Longer than a silent session with the server lives.
+const SUSPENDED: Duration = Duration::from_secs(40);
 
 /// DESIGN.md 8.
 const DIRECT_DIES: Duration = Duration::from_secs(3);
@@ -92,7 +93,7 @@ pub fn nat_rebind(bench: &mut Bench) -> Result<Outcome> {
     outcome
 }
 
-/// Left's agent does not run for a while, and its mappings do not live that long; the gap counts from its return.
+/// Left's agent does not run until its sessions and mappings have ended; the gap counts from its return.
 pub fn suspend_resume(bench: &mut Bench) -> Result<Outcome> {
     let watched = direct(bench)?;
     bench.nodes[0].suspend()?;
