@@ -159,6 +159,8 @@ pub struct Agent {
     paths: BTreeMap<WgPublicKey, PathAgent>,
     path_policy: PathPolicy,
     probing: paths::Probing,
+    /// Paths that had an input since they were last drained.
+    stirred: BTreeSet<WgPublicKey>,
     echoes: echo::Echoes,
     static_routes: BTreeMap<WgPublicKey, PeerRoute>,
     peers: Vec<Peer>,
@@ -247,6 +249,7 @@ impl Agent {
             paths: BTreeMap::new(),
             path_policy: start.path_policy,
             probing: paths::Probing::new(now),
+            stirred: BTreeSet::new(),
             echoes: echo::Echoes::default(),
             static_routes: BTreeMap::new(),
             peers: Vec::new(),
@@ -371,7 +374,8 @@ impl Agent {
         }
         if !self.applied_once && observed.link.is_some() {
             self.applied_once = true;
-            for path in self.paths.values_mut().take(MAX_WAKES) {
+            for (key, path) in self.paths.iter_mut().take(MAX_WAKES) {
+                self.stirred.insert(*key);
                 path.handle_wake(now);
             }
         }
@@ -512,7 +516,8 @@ impl Agent {
             for client in self.clients.values_mut() {
                 client.handle_network_changed(now);
             }
-            for path in self.paths.values_mut() {
+            for (key, path) in &mut self.paths {
+                self.stirred.insert(*key);
                 path.handle_network_changed(now);
             }
         }
@@ -529,16 +534,25 @@ impl Agent {
             self.work_out(now);
             self.drain_clients(now);
         }
-        self.guess_ports(now);
+        self.drain_paths(now);
+        self.finish_leaving(now);
+    }
+
+    /// What the paths that changed have to say: a mesh has many, and most inputs concern one.
+    fn drain_paths(&mut self, now: Instant) {
+        if !self.stirred.is_empty() {
+            self.guess_ports(now);
+        }
         self.send_probes(now);
         let mut has_silent_path = false;
-        for (key, path) in &mut self.paths {
+        for key in std::mem::take(&mut self.stirred) {
+            let Some(path) = self.paths.get_mut(&key) else { continue };
             while let Some(event) = path.poll_event() {
                 match event {
-                    PathEvent::Route(route) => self.events.push_back(AgentEvent::SetRoute(*key, route)),
-                    PathEvent::StartHandshake => self.events.push_back(AgentEvent::StartHandshake(*key)),
+                    PathEvent::Route(route) => self.events.push_back(AgentEvent::SetRoute(key, route)),
+                    PathEvent::StartHandshake => self.events.push_back(AgentEvent::StartHandshake(key)),
                     PathEvent::OpenSockets { family, count } => {
-                        self.events.push_back(AgentEvent::OpenSockets { peer: *key, family, count });
+                        self.events.push_back(AgentEvent::OpenSockets { peer: key, family, count });
                     }
                     PathEvent::CloseSockets(sockets) => self.events.push_back(AgentEvent::CloseSockets(sockets)),
                     PathEvent::FellSilent => has_silent_path = true,
@@ -549,7 +563,6 @@ impl Agent {
             self.net.handle_doubt(now);
             self.drain_net(now);
         }
-        self.finish_leaving(now);
     }
 
     fn finish_leaving(&mut self, now: Instant) {

@@ -32,6 +32,7 @@ impl Agent {
             path.handle_guessing_turn(if Some(*key) == next { Turn::Own } else { others }, now);
         }
         let Some(next) = next else { return };
+        self.stirred.insert(next);
         while let Some(guess) = self.paths.get_mut(&next).and_then(|path| path.poll_guess()) {
             self.send_probe(&next, guess, now);
         }

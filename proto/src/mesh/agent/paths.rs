@@ -4,7 +4,7 @@
 //! [`PathAgent`](crate::path::agent::PathAgent)'s to decide; nothing of a datagram is believed here before its key opened
 //! it, its instance is the one of the peer's record and its counter is new.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use ipnet::IpNet;
@@ -28,6 +28,8 @@ pub(super) struct Probing {
     links: BTreeMap<WgPublicKey, Link>,
     by_tag: BTreeMap<[u8; 8], WgPublicKey>,
     budget: Budget,
+    /// Paths that may have something to send; the others were asked since they last changed.
+    pending: BTreeSet<WgPublicKey>,
     /// What a path has given and the budget had no room for.
     waiting: BTreeMap<WgPublicKey, ProbeTransmit>,
     /// Who was served last: a node with many peers probes them all alike.
@@ -86,6 +88,7 @@ impl Probing {
             links: BTreeMap::new(),
             by_tag: BTreeMap::new(),
             budget: Budget { tokens: PROBE_BURST, refilled: now },
+            pending: BTreeSet::new(),
             waiting: BTreeMap::new(),
             last_served: None,
             again_at: None,
@@ -164,8 +167,8 @@ impl Agent {
     /// A relay has no way to this node now.
     pub(super) fn handle_no_peer(&mut self, server: ServerId, node: NodeId, now: Instant) {
         let key = self.peers.iter().find(|peer| peer.node == node).map(|peer| peer.key);
-        if let Some(path) = key.and_then(|key| self.paths.get_mut(&key)) {
-            path.handle_no_peer(server, now);
+        if let Some(key) = key {
+            self.with_path(&key, now, |path| path.handle_no_peer(server, now));
         }
     }
 
@@ -262,6 +265,7 @@ impl Agent {
             path.handle_subnets(&subnets, now);
             path.handle_nat(nat, [member.record.nat_v4, member.record.nat_v6], now);
             path.handle_relays(&relays, now);
+            self.stirred.insert(peer.key);
         }
     }
 
@@ -280,6 +284,7 @@ impl Agent {
     /// Seals and sends what the paths want to probe, in turns, as far as the budget goes; the rest waits for its turn.
     pub(super) fn send_probes(&mut self, now: Instant) {
         self.probing.again_at = None;
+        self.probing.pending.extend(&self.stirred);
         for key in self.in_turns() {
             while let Some(transmit) = self.next_probe(&key) {
                 if let Some(at) = self.probing.budget.wait(now) {
@@ -291,6 +296,7 @@ impl Agent {
                 self.probing.last_served = Some(key);
                 self.send_probe(&key, transmit, now);
             }
+            self.probing.pending.remove(&key);
         }
     }
 
@@ -299,7 +305,7 @@ impl Agent {
     }
 
     fn in_turns(&self) -> Vec<WgPublicKey> {
-        let keys = self.paths.keys().copied();
+        let keys = self.probing.pending.iter().copied();
         let Some(last) = self.probing.last_served else { return keys.collect() };
         let (after, before): (Vec<_>, Vec<_>) = keys.partition(|key| *key > last);
         after.into_iter().chain(before).collect()
@@ -343,6 +349,7 @@ impl Agent {
     /// One input to a path, and the log line where it changes what the path is.
     pub(super) fn with_path(&mut self, peer: &WgPublicKey, now: Instant, input: impl FnOnce(&mut PathAgent)) {
         let Some(path) = self.paths.get_mut(peer) else { return };
+        self.stirred.insert(*peer);
         let on_host = |path: &PathAgent| (path.mtu(), path.tunnel_generation());
         let (state_before, on_host_before) = (path.state(now), on_host(path));
         input(path);
