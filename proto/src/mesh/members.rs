@@ -42,6 +42,8 @@ pub enum Admission {
     },
     /// The frame that is already known.
     Known,
+    /// The known frame, from a server that did not list its node before.
+    Listed,
     Left,
     /// A frame of our own identity with a number above all that we have used: somebody else made it.
     OwnIdentity {
@@ -130,11 +132,10 @@ impl Members {
         server: ServerId,
         now: Instant,
     ) -> Result<(NodeId, Admission), Rejection> {
-        let admission = self.admit(bytes, now)?;
-        if let Some(member) = self.members.get_mut(&admission.0) {
-            member.listed_by.insert(server);
-        }
-        Ok(admission)
+        let (node, admission) = self.admit(bytes, now)?;
+        let is_newly_listed = self.members.get_mut(&node).is_some_and(|member| member.listed_by.insert(server));
+        let is_news = admission == Admission::Known && is_newly_listed;
+        Ok((node, if is_news { Admission::Listed } else { admission }))
     }
 
     /// The whole listing of one server; members it does not list keep standing. Whether it changed who lists whom.

@@ -45,6 +45,8 @@ impl Agent {
             self.retry_pause = (self.retry_pause * 2).min(RECONCILE_INTERVAL);
             self.last_steps = None;
         } else if steps.is_empty() {
+            // What failed is not wanted any more.
+            self.failed.clear();
             self.last_steps = None;
             self.retry_pause = RETRY_FAILED_STEPS;
         } else {

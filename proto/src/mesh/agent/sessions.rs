@@ -72,9 +72,9 @@ impl Agent {
 
     fn handle_frame(&mut self, server: ServerId, bytes: Bytes, now: Instant) {
         match self.members.admit_listed(bytes, server, now) {
-            Ok((node, Admission::Known)) if node == self.identity.node_id() => {}
-            // Who lists it may have changed, and with that which relays reach it.
-            Ok((_, Admission::Known)) => self.work_out_at(now + SETTLE),
+            Ok((_, Admission::Known)) => {}
+            // Another relay may reach it.
+            Ok((_, Admission::Listed)) => self.work_out_at(now + SETTLE),
             Ok((_, Admission::OwnIdentity { seq })) => self.handle_own_identity(seq, now),
             Ok((node, admission)) => {
                 let host_name = self.members.get(&node).map(|member| member.record.host_name.clone());
