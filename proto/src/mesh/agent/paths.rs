@@ -5,6 +5,7 @@
 //! it, its instance is the one of the peer's record and its counter is new.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use bytes::Bytes;
 use ipnet::IpNet;
@@ -21,6 +22,9 @@ use crate::path::replay::ReplayWindow;
 use crate::wire::demux::{self, Datagram};
 use crate::wire::frame;
 use crate::wire::probe::{self, Probe};
+
+/// Paths of many peers change together: routes follow once for all of them.
+const MTU_SETTLE: Duration = Duration::from_millis(100);
 
 /// Probes to and from all peers.
 #[derive(Debug)]
@@ -350,15 +354,16 @@ impl Agent {
     pub(super) fn with_path(&mut self, peer: &WgPublicKey, now: Instant, input: impl FnOnce(&mut PathAgent)) {
         let Some(path) = self.paths.get_mut(peer) else { return };
         self.stirred.insert(*peer);
-        let on_host = |path: &PathAgent| (path.mtu(), path.tunnel_generation());
-        let (state_before, on_host_before) = (path.state(now), on_host(path));
+        let (state_before, mtu_before, tunnel_before) = (path.state(now), path.mtu(), path.tunnel_generation());
         input(path);
-        let (state, on_host) = (path.state(now), on_host(path));
+        let (state, mtu, tunnel) = (path.state(now), path.mtu(), path.tunnel_generation());
         if state != state_before {
             self.log_path(peer, state);
         }
-        if is_down(state) != self.down.contains(peer) || on_host != on_host_before {
+        if is_down(state) != self.down.contains(peer) || tunnel != tunnel_before {
             self.work_out_at(now);
+        } else if mtu != mtu_before {
+            self.work_out_at(now + MTU_SETTLE);
         }
     }
 }

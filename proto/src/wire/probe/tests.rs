@@ -101,7 +101,7 @@ fn a_peer_that_seals_nonsense_is_refused() {
         ("something after the body", PING, &[1; 9]),
         ("an address of no family", PONG, &[0, 0, 0, 0, 0, 0, 0, 0, 5]),
         ("IPv4 written as IPv6", PONG, &mapped),
-        ("unknown flags", CALL, &[2]),
+        ("unknown flags", CALL, &[4]),
         ("an unknown mapping", CALL, &[0, 5]),
         ("an unknown filtering", CALL, &[0, 0, 9]),
         ("17 candidates", CALL, &[0, 0, 0, 0, 0, 17]),
