@@ -20,6 +20,8 @@ mod config_file;
 mod doctor;
 mod exit;
 mod keygen;
+mod netcheck;
+mod ping;
 mod show;
 mod switch;
 mod token_input;
@@ -88,12 +90,20 @@ enum Command {
     /// Tell all members that this node leaves, then turn the mesh off
     Leave,
     /// Show this node, its servers and its peers
-    Status,
+    Status {
+        /// For each peer in use: which path carries, why it is not a direct one, what was tried
+        #[arg(long)]
+        why: bool,
+    },
     /// Show the peers, or one of them
     Peers {
         /// A host name, or the start of a node id or public key (4 characters or more)
         name: Option<String>,
     },
+    /// Probe the path to a peer
+    Ping(PingArgs),
+    /// Show how this node's network looks from outside: UDP, NAT, the way to the servers
+    Netcheck,
     /// Look for what commonly keeps a node from its peers, and say what helps
     Doctor,
     /// Check or show the configuration
@@ -142,6 +152,27 @@ struct RunArgs {
     http: Option<SocketAddr>,
 }
 
+#[derive(Debug, Args)]
+struct PingArgs {
+    /// A host name, or the start of a node id or public key (4 characters or more)
+    peer: String,
+    /// Go on until a direct path answers, for 30 seconds at most
+    #[arg(long)]
+    until_direct: bool,
+    /// The path to probe [default: the one that packets take now]
+    #[arg(long, value_name = "PATH", conflicts_with = "until_direct")]
+    via: Option<ViaArg>,
+    /// How many probes to send [default: 5, or as many as fit with --until-direct]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    count: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ViaArg {
+    Relay,
+    Direct,
+}
+
 #[derive(Debug, Clone, Copy, Subcommand)]
 enum ConfigCommand {
     /// Check the configuration file and the files it names
@@ -179,8 +210,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Up => switch::up(&global),
         Command::Down => switch::down(&global),
         Command::Leave => switch::leave(&global),
-        Command::Status => show::status(&global),
+        Command::Status { why } => show::status(&global, why),
         Command::Peers { name } => show::peers(&global, name.as_deref()),
+        Command::Ping(args) => ping::ping(&global, &args),
+        Command::Netcheck => netcheck::netcheck(&global),
         Command::Doctor => doctor::doctor(&global),
         Command::Config(ConfigCommand::Validate) => config_file::validate(&global),
         Command::Config(ConfigCommand::Show) => config_file::show(&global),

@@ -16,6 +16,8 @@ use crate::settings::RunOptions;
 use crate::state::State;
 use crate::status;
 
+const IS_OFF: &str = "the mesh is switched off on this node: `mesh-agent up` switches it on";
+
 /// Runs the agent until a signal ends it.
 pub fn run(options: RunOptions) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
@@ -134,6 +136,8 @@ async fn idle(mut config: Box<Config>, state: &State, services: &mut Services) -
                     node_settings::host_name(&config).map_or_else(|_| String::new(), |name| name.to_string());
                 let _gone = answer.send(Box::new(status::fill::disabled(&config, &host_name, state, started_at_ms)));
             }
+            Wish::Api(ApiRequest::Ping(_, answer)) => drop(answer.send(Err(IS_OFF.to_owned()))),
+            Wish::Api(ApiRequest::Netcheck(answer)) => drop(answer.send(Err(IS_OFF.to_owned()))),
             Wish::Api(ApiRequest::Leave(answer) | ApiRequest::Reload(answer)) => {
                 let _gone = answer.send(Ok(()));
             }

@@ -32,6 +32,10 @@ use crate::state::State;
 use crate::status::Status;
 use crate::{device, node_settings, secrets, status};
 
+mod inquiries;
+
+use self::inquiries::Inquiries;
+
 /// How often tunnels in use run their timers.
 const TUNNEL_TICK: Duration = Duration::from_millis(250);
 /// Bursts of netlink events are looked at once.
@@ -71,6 +75,7 @@ pub struct Node<'a> {
     /// When the host was last looked at.
     looked_at: Instant,
     leaving: Option<Leaving>,
+    inquiries: Inquiries,
     ready: bool,
     /// The data plane lost its TUN and has no other yet.
     link_lost: bool,
@@ -167,6 +172,7 @@ impl<'a> Node<'a> {
             observe_at: Some(clock::now()),
             looked_at: Instant::ORIGIN,
             leaving: None,
+            inquiries: Inquiries::default(),
             ready: false,
             link_lost: false,
             store_failed: false,
@@ -223,7 +229,7 @@ impl<'a> Node<'a> {
             self.observe_at.map(|at| (at, "look at the host")),
             self.leaving.as_ref().map(|leaving| (leaving.give_up_at, "stop waiting for the departure")),
         ];
-        let own = own.into_iter().flatten();
+        let own = own.into_iter().flatten().chain(self.inquiries.poll_timeout());
         own.chain(self.agent.poll_timeout())
             .min_by_key(|(at, _)| *at)
             .unwrap_or_else(|| (clock::now() + Duration::from_secs(3600), "nothing is due"))
@@ -257,6 +263,7 @@ impl<'a> Node<'a> {
                 break;
             }
         }
+        self.end_inquiries(clock::now());
         if self.ready {
             services.ready();
         }
@@ -300,7 +307,7 @@ impl<'a> Node<'a> {
             AgentEvent::CloseSockets(closed) => self.engine.close_extra(&closed),
             AgentEvent::SendRelay { server, message } => self.carriers.send_relay(server, message),
             AgentEvent::Relayed { server, peer, datagram } => self.engine.handle_relayed(&peer, server, &datagram),
-            AgentEvent::Echoed { .. } => {}
+            AgentEvent::Echoed { echo, from, rtt } => self.end_ping(echo, from, rtt),
             AgentEvent::StartHandshake(peer) => {
                 if !self.engine.start_handshake(&peer) {
                     tracing::debug!(%peer, "no endpoint to start a handshake with");
@@ -448,6 +455,8 @@ impl<'a> Node<'a> {
                 // The asker may have gone.
                 let _gone = answer.send(Box::new(self.status()));
             }
+            Wish::Api(ApiRequest::Ping(request, answer)) => self.start_ping(request, answer),
+            Wish::Api(ApiRequest::Netcheck(answer)) => self.start_netcheck(answer),
             Wish::Api(ApiRequest::Leave(answer)) if !self.agent.has_session() => {
                 let error =
                     "no discovery server is connected, so the members cannot be told: try again, or `mesh-agent down`";
@@ -564,8 +573,12 @@ impl<'a> Node<'a> {
     }
 
     fn status(&self) -> Status {
+        self.with_facts(status::fill::running)
+    }
+
+    fn with_facts<T>(&self, show: impl FnOnce(&status::fill::Facts<'_>) -> T) -> T {
         let view = self.agent.view(clock::now());
-        status::fill::running(&status::fill::Facts {
+        show(&status::fill::Facts {
             config: &self.config,
             view: &view,
             carriers: &self.carriers,

@@ -9,11 +9,20 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-pub mod fill;
-mod table;
+use self::net::NetStatus;
+use self::path::{NatStatus, PathStatus};
 
+pub mod fill;
+mod names;
+pub mod net;
+pub mod path;
+mod table;
+mod why;
+
+pub use names::NameError;
 pub(crate) use table::clean;
 pub use table::{Show, peer_details, peers_table};
+pub(crate) use why::trip;
 
 /// The version of this schema: fields are added, never renamed or removed, within one version.
 pub const API_VERSION: &str = "meshspan/v1";
@@ -54,6 +63,9 @@ pub struct NodeStatus {
     pub started_at_ms: u64,
     /// What keeps the node from being all right; empty when `state` is `running` or `disabled`.
     pub problems: Vec<Problem>,
+    /// How servers see this node from outside.
+    #[serde(default)]
+    pub net: NetStatus,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +98,15 @@ pub struct ServerStatus {
     pub detail: String,
     /// Until the next attempt, while waiting.
     pub retry_in_ms: Option<u64>,
+    /// It passes packets on between nodes.
+    #[serde(default)]
+    pub relays: bool,
+    /// A round trip over the session, in microseconds.
+    #[serde(default)]
+    pub rtt_us: Option<u64>,
+    /// The HTTP proxy that the session goes through, without its credentials.
+    #[serde(default)]
+    pub proxy: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,8 +136,14 @@ pub struct PeerStatus {
     pub public_key: String,
     pub overlay_v4: Option<Ipv4Addr>,
     pub overlay_v6: Option<Ipv6Addr>,
-    /// Where its packets go now.
+    /// Where its packets go now, unless over a relay.
     pub endpoint: Option<SocketAddr>,
+    /// `None` for a static peer.
+    #[serde(default)]
+    pub path: Option<PathStatus>,
+    /// The NATs before it, by its own word.
+    #[serde(default)]
+    pub nat: NatStatus,
     /// Where it says it can be reached.
     pub candidates: Vec<SocketAddr>,
     /// What it announces, and what became of it here.
@@ -166,17 +193,6 @@ pub enum PrefixState {
     OwnedByOther,
     /// It may not be announced: see `mesh.allowWidePrefixes`.
     Refused,
-}
-
-impl Status {
-    /// Peers whose host name is this, or whose node id or public key begins with it.
-    pub fn peers_named(&self, name: &str) -> Vec<&PeerStatus> {
-        let id = |peer: &PeerStatus| peer.node_id.as_ref().is_some_and(|id| id.starts_with(name));
-        self.peers
-            .iter()
-            .filter(|peer| peer.host_name == name || name.len() >= 4 && (id(peer) || peer.public_key.starts_with(name)))
-            .collect()
-    }
 }
 
 #[cfg(test)]

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread::JoinHandle;
 
-use mesh_agent::api::{self, ApiRequest};
+use mesh_agent::api::{self, ApiRequest, PingOutcome, PingRequest, PingVia};
 use mesh_agent::state::State;
-use mesh_agent::status::{API_VERSION, NodeState, NodeStatus, Status};
+use mesh_agent::status::net::{FamilyStatus, NetStatus, Netcheck, Udp};
+use mesh_agent::status::path::{NatStatus, PathStatus, Tier};
+use mesh_agent::status::{API_VERSION, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, Status};
 use mesh_common::config::{Config, DiscoveryServer, Pin};
 use mesh_common::key::ClusterSecret;
 use mesh_common::token::{JoinToken, ServerToken};
@@ -136,16 +138,72 @@ impl Drop for Agent {
 
 async fn answer(mut requests: mpsc::Receiver<ApiRequest>, config: &Path, state_when_on: NodeState) {
     let mut status = status(state_when_on);
+    let mut pings = 0;
     while let Some(request) = requests.recv().await {
         match request {
             ApiRequest::Status(answer) => drop(answer.send(Box::new(status.clone()))),
             ApiRequest::Leave(answer) => drop(answer.send(Ok(()))),
+            ApiRequest::Netcheck(answer) => drop(answer.send(Ok(Box::new(netcheck())))),
+            ApiRequest::Ping(request, answer) => {
+                pings += 1;
+                drop(answer.send(pinged(&status, &request, pings)));
+            }
             ApiRequest::Reload(answer) => {
                 let config = Config::parse(&fs::read_to_string(config).unwrap()).unwrap();
                 status.node.state = if config.mesh.enabled { state_when_on } else { NodeState::Disabled };
                 drop(answer.send(Ok(())));
             }
         }
+    }
+}
+
+/// Every other probe is lost, and only `near` gets a direct path, with the third.
+fn pinged(status: &Status, request: &PingRequest, number: u32) -> Result<PingOutcome, String> {
+    let peer = status.peer_named(&request.peer).map_err(|error| error.to_string())?.host_name.clone();
+    if request.via == PingVia::Direct {
+        return Ok(PingOutcome::NoPath { peer, why: "there is no direct path to it: two strict NATs".to_owned() });
+    }
+    if number.is_multiple_of(2) {
+        return Ok(PingOutcome::Lost { peer, via: request.via, waited_ms: 1000 });
+    }
+    let (via, endpoint) = match peer == "near" && number >= 3 {
+        true => (PingVia::Direct, "192.168.7.2:51872"),
+        false => (PingVia::Relay, "https://disc.example:7443"),
+    };
+    Ok(PingOutcome::Reply { peer, address: None, via, endpoint: endpoint.to_owned(), rtt_us: 41_000 })
+}
+
+/// Nothing gets out by UDP.
+fn netcheck() -> Netcheck {
+    let v4 = FamilyStatus { udp: Udp::Blocked, ..FamilyStatus::default() };
+    Netcheck {
+        is_complete: true,
+        listen_port: 51872,
+        net: NetStatus { v4, v6: FamilyStatus::default() },
+        servers: Vec::new(),
+    }
+}
+
+fn peer(name: &str) -> PeerStatus {
+    let why_not_direct = Some("two strict NATs: open UDP port 51872 on one side".to_owned());
+    PeerStatus {
+        node_id: Some("cd".repeat(32)),
+        host_name: name.to_owned(),
+        kind: PeerKind::Member,
+        state: PeerState::Up,
+        public_key: "key of a peer".to_owned(),
+        overlay_v4: None,
+        overlay_v6: None,
+        endpoint: None,
+        path: Some(PathStatus { tier: Some(Tier::Relay), why_not_direct, ..PathStatus::default() }),
+        nat: NatStatus::default(),
+        candidates: Vec::new(),
+        prefixes: Vec::new(),
+        last_handshake_ms_ago: None,
+        rx_bytes: 0,
+        tx_bytes: 0,
+        seen_ms_ago: None,
+        detail: String::new(),
     }
 }
 
@@ -166,9 +224,10 @@ fn status(state: NodeState) -> Status {
             version: "0.1.0".to_owned(),
             started_at_ms: 0,
             problems: Vec::new(),
+            net: NetStatus::default(),
         },
         servers: Vec::new(),
-        peers: Vec::new(),
+        peers: vec![peer("far"), peer("near")],
         counters: Default::default(),
     }
 }
@@ -179,7 +238,15 @@ fn help_and_wrong_usage() {
     let help = machine.run(&["--help"]);
     assert_eq!(help.code, 0);
     let commands = ["init", "token", "join", "run", "up", "down", "leave", "status", "peers", "config", "keygen"];
-    for word in commands.into_iter().chain(["cleanup", "completion", "Exit codes", "MESHSPAN_LOG"]) {
+    for word in commands.into_iter().chain([
+        "ping",
+        "netcheck",
+        "doctor",
+        "cleanup",
+        "completion",
+        "Exit codes",
+        "MESHSPAN_LOG",
+    ]) {
         assert!(help.stdout.contains(word), "{word} is not in the help");
     }
     for wrong in [&["frobnicate"][..], &["status", "--colour"], &["run", "--http", "nowhere"], &["-o", "xml", "status"]]
@@ -523,4 +590,54 @@ fn the_doctor_says_what_is_wrong_and_what_helps_without_an_agent() {
     fs::write(machine.path("etc/config.yaml"), "mesh:\n  enabeld: true\n").unwrap();
     let invalid = machine.run(&["doctor"]);
     assert!(invalid.stdout.contains("did you mean `enabled`?") && invalid.code == 4, "{}", invalid.stdout);
+}
+
+#[test]
+fn a_ping_says_which_way_it_went_and_waits_for_a_direct_one_where_told_to() {
+    let machine = Machine::new();
+    let none = machine.run(&["ping", "far"]);
+    assert_eq!(none.code, 3, "{}", none.stderr);
+    fs::create_dir(machine.path("etc")).unwrap();
+    fs::write(machine.path("etc/config.yaml"), "mesh: { enabled: true }\n").unwrap();
+    let _agent = Agent::start(&machine, NodeState::Running);
+
+    let both = machine.run(&["ping", "far", "--count", "2"]);
+    let relayed = "reply from far via relay https://disc.example:7443 in 41 ms\n";
+    assert_eq!((both.code, both.stdout), (0, format!("{relayed}no reply from far within 1 s\n")));
+    let direct = machine.run(&["ping", "far", "--via", "direct", "--count", "1"]);
+    assert_eq!(direct.code, 4);
+    assert_eq!(direct.stdout, "no probe sent to far: there is no direct path to it: two strict NATs\n");
+
+    let waited = machine.run(&["ping", "near", "--until-direct"]);
+    assert_eq!(waited.code, 0, "{}", waited.stderr);
+    assert!(waited.stdout.ends_with("reply from near via direct 192.168.7.2:51872 in 41 ms\n"), "{}", waited.stdout);
+    let in_vain = machine.run(&["ping", "far", "--until-direct", "--count", "2"]);
+    assert_eq!(in_vain.code, 4);
+    assert_eq!(in_vain.stderr, "no direct path to far: two strict NATs: open UDP port 51872 on one side\n");
+
+    for (name, answer) in [
+        ("fra", "error: no peer is called fra: did you mean far?\n"),
+        ("x\u{1b}[2J", "error: no peer is called x\u{fffd}[2J; the peers are: far, near\n"),
+        ("cdcdcd", "error: 2 peers are called cdcdcd: give the start of an id instead (cdcdcdcdcd, cdcdcdcdcd)\n"),
+    ] {
+        let wrong = machine.run(&["ping", name]);
+        assert_eq!((wrong.code, wrong.stderr.as_str()), (1, answer));
+    }
+    assert_eq!(machine.run(&["ping", "far", "--count", "0"]).code, 2);
+    assert_eq!(machine.run(&["ping", "far", "--via", "relay", "--until-direct"]).code, 2);
+}
+
+#[test]
+fn a_network_without_udp_is_degraded_and_why_tells_of_paths() {
+    let machine = Machine::new();
+    fs::create_dir(machine.path("etc")).unwrap();
+    fs::write(machine.path("etc/config.yaml"), "mesh: { enabled: true }\n").unwrap();
+    let _agent = Agent::start(&machine, NodeState::Running);
+    let netcheck = machine.run(&["netcheck"]);
+    assert_eq!(netcheck.code, 4, "{}", netcheck.stderr);
+    assert!(netcheck.stdout.contains("UDP is blocked"), "{}", netcheck.stdout);
+    let json = machine.run(&["netcheck", "-o", "json"]).stdout;
+    assert_eq!(serde_json::from_str::<Netcheck>(&json).unwrap(), self::netcheck());
+    let why = machine.run(&["status", "--why"]);
+    assert!(why.stdout.contains("Not direct  two strict NATs: open UDP port 51872 on one side"), "{}", why.stdout);
 }

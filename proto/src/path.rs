@@ -3,7 +3,7 @@
 pub mod agent;
 pub mod candidate;
 pub(crate) mod exchange;
-mod explain;
+pub mod explain;
 pub mod hard;
 mod hunt;
 pub mod mtu;

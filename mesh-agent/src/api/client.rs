@@ -9,17 +9,18 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper::header::HOST;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::{ANSWER_TIMEOUT, ApiError};
+use super::{ANSWER_TIMEOUT, ApiError, PingOutcome, PingRequest};
 use crate::status::Status;
+use crate::status::net::Netcheck;
 
 /// The longest answer that is read: a status of 1024 members with all they may announce, and room.
 const MAX_ANSWER: usize = 64 * 1024 * 1024;
 
 pub async fn status(socket: &Path) -> Result<Status, ApiError> {
-    let body = call(socket, Method::GET, "/v1/status").await?;
-    serde_json::from_slice(&body).map_err(|error| broken(socket, &format!("{error} (is it of another version?)")))
+    answer(socket, call(socket, Method::GET, "/v1/status").await?)
 }
 
 /// Has the agent read its configuration again.
@@ -30,6 +31,30 @@ pub async fn reload(socket: &Path) -> Result<(), ApiError> {
 /// Has the agent tell all members that this node leaves.
 pub async fn leave(socket: &Path) -> Result<(), ApiError> {
     call(socket, Method::POST, "/v1/leave").await.map(drop)
+}
+
+/// Has the agent send one probe.
+pub async fn ping(socket: &Path, request: &PingRequest) -> Result<PingOutcome, ApiError> {
+    let via = serde_json::to_value(request.via).unwrap_or_default();
+    let path = format!("/v1/ping?peer={}&via={}", escaped(&request.peer), via.as_str().unwrap_or_default());
+    answer(socket, call(socket, Method::POST, &path).await?)
+}
+
+/// Has the agent look at the network anew.
+pub async fn netcheck(socket: &Path) -> Result<Netcheck, ApiError> {
+    answer(socket, call(socket, Method::POST, "/v1/netcheck").await?)
+}
+
+fn answer<T: DeserializeOwned>(socket: &Path, body: Bytes) -> Result<T, ApiError> {
+    serde_json::from_slice(&body).map_err(|error| broken(socket, &format!("{error} (is it of another version?)")))
+}
+
+/// Whatever a person types, as part of a URL.
+fn escaped(text: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    text.bytes()
+        .map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
 }
 
 async fn call(socket: &Path, method: Method, path: &str) -> Result<Bytes, ApiError> {
@@ -70,6 +95,8 @@ async fn exchange(socket: &Path, method: Method, path: &str) -> Result<Bytes, Ap
     let said = serde_json::from_slice::<serde_json::Value>(&body).ok();
     let said = said.as_ref().and_then(|json| json["error"].as_str()).unwrap_or("no reason given");
     match status {
+        StatusCode::NOT_FOUND => Err(ApiError::TooOld { socket: socket.to_owned() }),
+        StatusCode::BAD_REQUEST => Err(ApiError::Wrong(said.to_owned())),
         StatusCode::FORBIDDEN => Err(ApiError::Permission { socket: socket.to_owned() }),
         StatusCode::CONFLICT | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
             Err(ApiError::Refused(said.to_owned()))

@@ -14,11 +14,12 @@ use hyper::header::{ALLOW, CONTENT_TYPE};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
 use serde_json::json;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
-use super::{ApiHandle, ApiRequest, HandleError};
+use super::{ApiHandle, ApiRequest, HandleError, PingRequest, PingVia};
 
 const MAX_CONNECTIONS: usize = 32;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -103,7 +104,7 @@ async fn connection(stream: UnixStream, handle: ApiHandle) {
 pub(super) async fn answer<B>(request: &Request<B>, may_write: bool, handle: &ApiHandle) -> Response<Full<Bytes>> {
     let method = match request.uri().path() {
         "/v1/status" => Method::GET,
-        "/v1/reload" | "/v1/leave" => Method::POST,
+        "/v1/reload" | "/v1/leave" | "/v1/ping" | "/v1/netcheck" => Method::POST,
         path => return error(StatusCode::NOT_FOUND, &format!("there is no {path}")),
     };
     if *request.method() != method {
@@ -117,12 +118,14 @@ pub(super) async fn answer<B>(request: &Request<B>, may_write: bool, handle: &Ap
     }
     match request.uri().path() {
         "/v1/status" => match handle.ask(ApiRequest::Status).await {
-            Ok(status) => match serde_json::to_value(&*status) {
-                Ok(json) => reply(StatusCode::OK, &json),
-                Err(failure) => error(StatusCode::INTERNAL_SERVER_ERROR, &failure.to_string()),
-            },
+            Ok(status) => reply_with(&*status),
             Err(failure) => unanswered(&failure),
         },
+        "/v1/ping" => match ping_request(request.uri().query().unwrap_or_default()) {
+            Ok(ping) => told(handle.ask(|answer| ApiRequest::Ping(ping, answer)).await),
+            Err(what) => error(StatusCode::BAD_REQUEST, &what),
+        },
+        "/v1/netcheck" => told(handle.ask(ApiRequest::Netcheck).await),
         path => {
             let request = if path == "/v1/leave" { ApiRequest::Leave } else { ApiRequest::Reload };
             match handle.ask(request).await {
@@ -132,6 +135,53 @@ pub(super) async fn answer<B>(request: &Request<B>, may_write: bool, handle: &Ap
             }
         }
     }
+}
+
+/// An answer, or that what was asked for is not there.
+fn told<T: Serialize>(answer: Result<Result<T, String>, HandleError>) -> Response<Full<Bytes>> {
+    match answer {
+        Ok(Ok(answer)) => reply_with(&answer),
+        Ok(Err(what)) => error(StatusCode::BAD_REQUEST, &what),
+        Err(failure) => unanswered(&failure),
+    }
+}
+
+fn reply_with(answer: &impl Serialize) -> Response<Full<Bytes>> {
+    match serde_json::to_value(answer) {
+        Ok(json) => reply(StatusCode::OK, &json),
+        Err(failure) => error(StatusCode::INTERNAL_SERVER_ERROR, &failure.to_string()),
+    }
+}
+
+fn ping_request(query: &str) -> Result<PingRequest, String> {
+    let (mut peer, mut via) = (None, PingVia::Any);
+    for (name, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
+        let value = unescaped(value).ok_or_else(|| format!("{name} is not readable"))?;
+        match name {
+            "peer" => peer = Some(value),
+            "via" => {
+                via = serde_json::from_value(json!(value)).map_err(|_| "via is any, relay or direct".to_owned())?
+            }
+            _ => return Err(format!("there is no {name}")),
+        }
+    }
+    Ok(PingRequest { peer: peer.ok_or("which peer?")?, via })
+}
+
+/// Text with `%XX` for what may not stand in a URL.
+fn unescaped(text: &str) -> Option<String> {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        let escaped = if byte == b'%' { Some(after.split_at_checked(2)?) } else { None };
+        let (byte, after) = match escaped {
+            Some((digits, after)) => (u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?, after),
+            None => (byte, after),
+        };
+        bytes.push(byte);
+        rest = after;
+    }
+    String::from_utf8(bytes).ok()
 }
 
 fn unanswered(failure: &HandleError) -> Response<Full<Bytes>> {

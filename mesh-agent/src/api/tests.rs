@@ -26,6 +26,10 @@ fn agent(socket: &std::path::Path) -> tokio::task::JoinHandle<()> {
                 ApiRequest::Status(answer) => drop(answer.send(Box::new(example()))),
                 ApiRequest::Reload(answer) => drop(answer.send(Err("line 3: unknown key".to_owned()))),
                 ApiRequest::Leave(answer) => drop(answer.send(Ok(()))),
+                ApiRequest::Netcheck(answer) => drop(answer.send(Err("the mesh is switched off".to_owned()))),
+                ApiRequest::Ping(PingRequest { peer, via }, answer) => {
+                    drop(answer.send(Ok(PingOutcome::Lost { peer, via, waited_ms: 1000 })));
+                }
             }
         }
     })
@@ -40,6 +44,33 @@ async fn what_the_event_loop_answers_arrives() {
     client::leave(&socket).await.unwrap();
     let error = client::reload(&socket).await.unwrap_err().to_string();
     assert_eq!(error, "the agent refused: line 3: unknown key");
+}
+
+#[tokio::test]
+async fn a_ping_says_whom_it_is_for_whatever_the_name_is_made_of() {
+    let (_dir, socket) = socket();
+    agent(&socket);
+    for (peer, via) in [("b", PingVia::Any), ("AbC+/=&via=relay%00\u{1b} é", PingVia::Direct), ("", PingVia::Relay)] {
+        let outcome = client::ping(&socket, &PingRequest { peer: peer.to_owned(), via }).await.unwrap();
+        assert_eq!(outcome, PingOutcome::Lost { peer: peer.to_owned(), via, waited_ms: 1000 });
+    }
+    let refused = client::netcheck(&socket).await.unwrap_err().to_string();
+    assert_eq!(refused, "the mesh is switched off");
+}
+
+#[tokio::test]
+async fn an_agent_that_does_not_know_a_request_is_too_old() {
+    let (_dir, socket) = socket();
+    let listener = bind(&socket).unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut request = [0; 1024];
+        let _length = stream.read(&mut request).await.unwrap();
+        let answer = "HTTP/1.1 404 Not Found\r\ncontent-length: 37\r\n\r\n{\"error\":\"there is no /v1/netcheck\"}\n";
+        stream.write_all(answer.as_bytes()).await.unwrap();
+    });
+    let error = client::netcheck(&socket).await.unwrap_err().to_string();
+    assert!(error.contains("is of an older version and cannot do this: restart it"), "{error}");
 }
 
 #[tokio::test]
@@ -104,6 +135,11 @@ async fn wrong_requests_get_wrong_status_codes() {
     for (request, expected) in [
         ("POST /v1/status HTTP/1.1\r\nconnection: close\r\n\r\n", "405"),
         ("GET /v1/leave HTTP/1.1\r\nconnection: close\r\n\r\n", "405"),
+        ("GET /v1/ping?peer=b HTTP/1.1\r\nconnection: close\r\n\r\n", "405"),
+        ("POST /v1/ping HTTP/1.1\r\nconnection: close\r\n\r\n", "400"),
+        ("POST /v1/ping?peer=b&via=pigeon HTTP/1.1\r\nconnection: close\r\n\r\n", "400"),
+        ("POST /v1/ping?peer=%fg HTTP/1.1\r\nconnection: close\r\n\r\n", "400"),
+        ("POST /v1/ping?peer=b&count=9 HTTP/1.1\r\nconnection: close\r\n\r\n", "400"),
         ("GET /v1/secrets HTTP/1.1\r\nconnection: close\r\n\r\n", "404"),
         ("rubbish\r\n\r\n", "400"),
     ] {
@@ -116,7 +152,7 @@ async fn wrong_requests_get_wrong_status_codes() {
 #[tokio::test]
 async fn others_may_look_and_not_change() {
     let (handle, mut requests) = channel();
-    for path in ["/v1/reload", "/v1/leave"] {
+    for path in ["/v1/reload", "/v1/leave", "/v1/netcheck", "/v1/ping?peer=b"] {
         let request = hyper::Request::post(path).body(()).unwrap();
         assert_eq!(server::answer(&request, false, &handle).await.status(), 403, "{path}");
     }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use mesh_common::config::ProxyUrl;
 use mesh_common::id::ServerId;
 use mesh_proto::wire::session::is_relayed;
 use tokio::sync::{Notify, mpsc};
@@ -31,6 +32,8 @@ pub enum CarrierEvent {
         kind: CarrierKind,
         /// All addresses of the server's name; none when only a proxy could resolve it.
         addresses: Vec<IpAddr>,
+        /// The proxy it goes through.
+        proxy: Option<ProxyUrl>,
     },
     Message(Bytes),
     /// Dialling failed or the carrier broke, for this reason.
@@ -57,6 +60,7 @@ struct Current {
     outbound: mpsc::Sender<Bytes>,
     relay: Arc<RelayLanes>,
     kind: Option<CarrierKind>,
+    proxy: Option<ProxyUrl>,
     task: AbortHandle,
 }
 
@@ -96,7 +100,7 @@ impl Carriers {
         let sink = Sink { server, generation, sink: self.sink.clone(), relay: Arc::clone(&relay) };
         let dialer = Arc::clone(&self.dialer);
         let task = tokio::spawn(carry(dialer, address, queue, sink)).abort_handle();
-        self.current.insert(server, Current { generation, outbound, relay, kind: None, task });
+        self.current.insert(server, Current { generation, outbound, relay, kind: None, proxy: None, task });
     }
 
     /// Queues a message; without a carrier, or with one that does not drain, it is lost and the carrier with it.
@@ -131,6 +135,11 @@ impl Carriers {
         self.current.get(&server)?.kind
     }
 
+    /// The proxy that the carrier goes through.
+    pub fn proxy(&self, server: ServerId) -> Option<&ProxyUrl> {
+        self.current.get(&server)?.proxy.as_ref()
+    }
+
     /// The next event of a current carrier; relayed messages come when there is no other. Cancel-safe.
     pub async fn next(&mut self) -> (ServerId, CarrierEvent) {
         loop {
@@ -146,7 +155,10 @@ impl Carriers {
                 continue;
             };
             match &event {
-                CarrierEvent::Connected { kind, .. } => current.kind = Some(*kind),
+                CarrierEvent::Connected { kind, proxy, .. } => {
+                    current.kind = Some(*kind);
+                    current.proxy.clone_from(proxy);
+                }
                 CarrierEvent::Closed(_) => self.drop_carrier(server),
                 CarrierEvent::Message(_) => {}
             }
@@ -195,8 +207,8 @@ async fn carry(dialer: Arc<Dialer>, address: ServerAddress, queue: mpsc::Receive
         Ok(carrier) => carrier,
         Err(error) => return sink.say(CarrierEvent::Closed(error.to_string())).await,
     };
-    let Carrier { kind, addresses, exporter, sender, receiver, relay, .. } = carrier;
-    sink.say(CarrierEvent::Connected { exporter, kind, addresses }).await;
+    let Carrier { kind, addresses, proxy, exporter, sender, receiver, relay, .. } = carrier;
+    sink.say(CarrierEvent::Connected { exporter, kind, addresses, proxy }).await;
     let reason = match relay {
         None => tokio::select! {
             () = write(queue, Some(&sink.relay.outbound), sender) => return,

@@ -65,6 +65,8 @@ pub struct Carrier {
     pub remote: SocketAddr,
     /// All addresses of the server's name; none when only a proxy could resolve it.
     pub addresses: Vec<IpAddr>,
+    /// The proxy it goes through.
+    pub proxy: Option<ProxyUrl>,
     /// The TLS exporter value that binds a Hello to this carrier.
     pub exporter: [u8; 32],
     pub sender: CarrierSender,
@@ -215,7 +217,10 @@ impl Dialer {
                 () = sleep_until(deadline) => break,
             };
             let failure = match outcome {
-                Ok(carrier) => return Ok(Carrier { addresses: addresses.unwrap_or_default(), ..carrier }),
+                Ok(carrier) => {
+                    let proxy = server.proxy.clone().filter(|_| attempt.way == Way::Proxy);
+                    return Ok(Carrier { addresses: addresses.unwrap_or_default(), proxy, ..carrier });
+                }
                 Err(failure) => failure,
             };
             tracing::debug!(way = ?attempt.way, port = attempt.port, ?failure, "a carrier did not come up");

@@ -11,8 +11,14 @@ use mesh_proto::device::{Endpoint, PeerCounters};
 use mesh_proto::discovery::client::ClientState;
 use mesh_proto::mesh::agent::{PeerView, ServerView, View};
 use mesh_proto::mesh::peer::Verdict;
+use mesh_proto::net::report::FamilyReport;
 use mesh_proto::path::agent::PathState;
+use mesh_proto::path::candidate::RemoteKind;
+use mesh_proto::path::score;
+use mesh_proto::path::view::{CandidateView, PathView};
 
+use super::net::{FamilyStatus, NetStatus, Netcheck, Udp};
+use super::path::{AddressKind, Nat, NatStatus, PathStatus, SwitchStatus, Tier, TriedAddress};
 use super::{
     API_VERSION, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState, PrefixStatus, Problem,
     ServerState, ServerStatus, Status,
@@ -62,17 +68,18 @@ pub fn running(facts: &Facts<'_>) -> Status {
             state,
             namespace: Some(view.namespace.to_string()),
             problems,
+            net: net(view),
             ..node(facts.config, facts.started_at_ms)
         },
-        servers: view
-            .servers
-            .iter()
-            .enumerate()
-            .map(|(place, server)| server_status(server, facts.carriers.kind(ServerId(place)), facts))
-            .collect(),
+        servers: servers(facts),
         peers,
         counters: counters(facts),
     }
+}
+
+/// How the network looks from here; complete when no answer is awaited any more.
+pub fn netcheck(facts: &Facts<'_>, is_complete: bool) -> Netcheck {
+    Netcheck { is_complete, listen_port: facts.config.mesh.listen_port, net: net(facts.view), servers: servers(facts) }
 }
 
 /// The mesh is off.
@@ -107,7 +114,29 @@ fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         started_at_ms,
         problems: Vec::new(),
+        net: NetStatus::default(),
     }
+}
+
+fn net(view: &View) -> NetStatus {
+    let family = |report: &FamilyReport| FamilyStatus {
+        udp: match (report.reflexive.is_empty(), report.udp_blocked) {
+            (_, true) => Udp::Blocked,
+            (false, false) => Udp::Ok,
+            (true, false) => Udp::Unknown,
+        },
+        seen_at: report.reflexive.clone(),
+        is_translated: report.is_translated,
+        nat: report.nat.into(),
+        hairpin: report.hairpin,
+        keeps_port: report.keeps_port,
+    };
+    NetStatus { v4: family(&view.net.v4), v6: family(&view.net.v6) }
+}
+
+fn servers(facts: &Facts<'_>) -> Vec<ServerStatus> {
+    let servers = facts.view.servers.iter().enumerate();
+    servers.map(|(place, server)| server_status(server, ServerId(place), facts)).collect()
 }
 
 fn problems(facts: &Facts<'_>) -> Vec<Problem> {
@@ -149,14 +178,15 @@ fn problems(facts: &Facts<'_>) -> Vec<Problem> {
     problems
 }
 
-fn server_status(server: &ServerView, carrier: Option<CarrierKind>, facts: &Facts<'_>) -> ServerStatus {
+fn server_status(server: &ServerView, id: ServerId, facts: &Facts<'_>) -> ServerStatus {
     let (state, retry_in) = match server.state {
         ClientState::Syncing | ClientState::Live => (ServerState::Connected, None),
         ClientState::Dialing | ClientState::Proving => (ServerState::Connecting, None),
         ClientState::Waiting { until } => (ServerState::Waiting, Some(until.since(facts.now))),
         ClientState::Stopped => (ServerState::Waiting, None),
     };
-    let carrier = carrier.filter(|_| state == ServerState::Connected).map(|kind| match kind {
+    let is_connected = state == ServerState::Connected;
+    let carrier = facts.carriers.kind(id).filter(|_| is_connected).map(|kind| match kind {
         CarrierKind::Quic => Carrier::Quic,
         CarrierKind::WebSocket => Carrier::WebSocket,
     });
@@ -166,6 +196,9 @@ fn server_status(server: &ServerView, carrier: Option<CarrierKind>, facts: &Fact
         carrier,
         detail: server.detail.clone().or_else(|| lonely(server, facts)).unwrap_or_default(),
         retry_in_ms: retry_in.map(millis),
+        relays: server.relays,
+        rtt_us: server.rtt.map(micros),
+        proxy: facts.carriers.proxy(id).filter(|_| is_connected).map(ToString::to_string),
     }
 }
 
@@ -208,6 +241,8 @@ fn peer_status(peer: &PeerView, facts: &Facts<'_>) -> PeerStatus {
         overlay_v4: peer.overlay_v4,
         overlay_v6: peer.overlay_v6,
         endpoint: peer.endpoint.and_then(Endpoint::direct),
+        path: peer.path.as_ref().map(|path| path_status(path, facts)),
+        nat: NatStatus { v4: Nat::from(peer.nat[0]), v6: Nat::from(peer.nat[1]) },
         candidates: peer.candidates.clone(),
         prefixes: peer.prefixes.iter().map(|(prefix, verdict)| prefix_status(*prefix, verdict)).collect(),
         last_handshake_ms_ago: counters.last_handshake.map(ago),
@@ -216,6 +251,63 @@ fn peer_status(peer: &PeerView, facts: &Facts<'_>) -> PeerStatus {
         seen_ms_ago: peer.last_evidence.map(ago),
         detail,
     }
+}
+
+fn path_status(path: &PathView, facts: &Facts<'_>) -> PathStatus {
+    let name = |endpoint: Endpoint| endpoint_name(endpoint, facts.view);
+    PathStatus {
+        tier: path.tier.map(|tier| match tier {
+            score::Tier::Lan => Tier::Lan,
+            score::Tier::Host | score::Tier::Translated => Tier::Direct,
+            score::Tier::Relay => Tier::Relay,
+        }),
+        relay: path.endpoint.filter(|endpoint| endpoint.is_relay()).map(name),
+        second: path.second.map(name),
+        rtt_us: path.rtt.map(micros),
+        mtu: path.mtu,
+        why_not_direct: path.why_not_direct.clone(),
+        next_retry_in_ms: path.next_retry.map(|at| millis(at.since(facts.now))),
+        last_switch: path.last_switch.as_ref().map(|switch| SwitchStatus {
+            ms_ago: millis(facts.now.since(switch.at)),
+            from: switch.from.map(name),
+            to: switch.to.map(name),
+            reason: switch.reason.clone(),
+        }),
+        switches: path.switches,
+        probes_sent: path.probes_sent,
+        probes_received: path.probes_received,
+        time_to_first_byte_ms: path.time_to_first_byte.map(millis),
+        time_to_direct_ms: path.time_to_direct.map(millis),
+        tried: path.candidates.iter().filter_map(tried).collect(),
+    }
+}
+
+/// An address, or the server of a relay by its URL.
+pub fn endpoint_name(endpoint: Endpoint, view: &View) -> String {
+    match endpoint {
+        Endpoint::Relay(ServerId(place)) => {
+            view.servers.get(place).map_or_else(|| endpoint.to_string(), |server| format!("https://{}", server.name))
+        }
+        direct => direct.to_string(),
+    }
+}
+
+fn tried(candidate: &CandidateView) -> Option<TriedAddress> {
+    let kind = match candidate.kind {
+        RemoteKind::Host => AddressKind::Host,
+        RemoteKind::Static => AddressKind::Static,
+        RemoteKind::Mapped => AddressKind::Mapped,
+        RemoteKind::Reflexive => AddressKind::Reflexive,
+        RemoteKind::PeerReflexive => AddressKind::PeerReflexive,
+        RemoteKind::Relay => return None,
+    };
+    Some(TriedAddress {
+        address: candidate.endpoint.direct()?,
+        kind,
+        rtt_us: candidate.rtt.map(micros),
+        last: candidate.last.clone(),
+        failures: candidate.failures,
+    })
 }
 
 fn prefix_status(prefix: ipnet::IpNet, verdict: &Verdict) -> PrefixStatus {
@@ -240,6 +332,10 @@ fn counters(facts: &Facts<'_>) -> BTreeMap<String, u64> {
     let refused = facts.view.rejected.iter().map(|(why, count)| (format!("record_refused: {why}"), *count));
     let malformed = ("session_messages_malformed".to_owned(), facts.view.malformed);
     drops.chain(refused).chain([malformed]).collect()
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn millis(duration: Duration) -> u64 {

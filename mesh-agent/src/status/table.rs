@@ -4,7 +4,8 @@ use std::fmt::Write;
 
 use comfy_table::{Cell, Color, Table, presets};
 
-use super::{PeerState, PeerStatus, PrefixState, ServerState, Status};
+use super::why::{trip, why};
+use super::{NodeStatus, PeerState, PeerStatus, PrefixState, ServerState, ServerStatus, Status};
 
 /// How tables are shown.
 #[derive(Debug, Clone, Copy)]
@@ -19,6 +20,26 @@ pub struct Show {
 impl Status {
     /// Everything: the node, its problems, its servers, its peers.
     pub fn to_table(&self, show: Show) -> String {
+        let mut text = self.head(show);
+        if !self.peers.is_empty() {
+            let _ = writeln!(text, "\n{}", peers_table(self.peers.iter(), show));
+        }
+        let odd = prefixes_table(self.peers.iter(), false, show);
+        if !odd.is_empty() {
+            let _ = writeln!(text, "\n{odd}");
+        }
+        if show.wide && !self.counters.is_empty() {
+            let mut table = plain(&["COUNTER", "VALUE"], show);
+            for (name, value) in &self.counters {
+                table.add_row([clean(name), value.to_string()]);
+            }
+            let _ = writeln!(text, "\n{}", table.trim_fmt());
+        }
+        text
+    }
+
+    /// The node, its problems, its servers.
+    pub(super) fn head(&self, show: Show) -> String {
         let node = &self.node;
         let mut text = String::new();
         let cluster = node.cluster_id.as_deref().map_or_else(String::new, |id| format!(" in mesh {}", clean(id)));
@@ -42,50 +63,47 @@ impl Status {
             let _ = writeln!(text, "\nProblem: {}\n    Fix: {}", clean(&problem.what), clean(&problem.fix));
         }
         if !self.servers.is_empty() {
-            let _ = writeln!(text, "\n{}", self.servers_table(show));
-        }
-        if !self.peers.is_empty() {
-            let _ = writeln!(text, "\n{}", peers_table(self.peers.iter(), show));
-        }
-        let odd = prefixes_table(self.peers.iter(), false, show);
-        if !odd.is_empty() {
-            let _ = writeln!(text, "\n{odd}");
-        }
-        if show.wide && !self.counters.is_empty() {
-            let mut table = plain(&["COUNTER", "VALUE"], show);
-            for (name, value) in &self.counters {
-                table.add_row([clean(name), value.to_string()]);
-            }
-            let _ = writeln!(text, "\n{}", table.trim_fmt());
+            let _ = writeln!(text, "\n{}", servers_table(&self.servers, show.wide, show));
         }
         text
     }
+}
 
-    fn servers_table(&self, show: Show) -> String {
-        let mut table = plain(&["SERVER", "STATE", "CARRIER", "DETAIL"], show);
-        for server in &self.servers {
-            let colour = match server.state {
-                ServerState::Connected => Color::Green,
-                ServerState::Connecting => Color::Yellow,
-                ServerState::Waiting => Color::Red,
-            };
-            let retry = server.retry_in_ms.map(|ms| format!("next attempt in {}", age(ms)));
-            let detail: Vec<String> =
-                [clean(&server.detail)].into_iter().chain(retry).filter(|text| !text.is_empty()).collect();
-            table.add_row([
-                Cell::new(clean(&server.endpoint)),
-                coloured(&word(&server.state), colour, show),
-                Cell::new(server.carrier.map_or_else(|| "-".to_owned(), |carrier| word(&carrier))),
-                Cell::new(detail.join("; ")),
-            ]);
-        }
-        table.trim_fmt()
+pub(super) fn servers_table(servers: &[ServerStatus], ways: bool, show: Show) -> String {
+    let mut header = vec!["SERVER", "STATE", "CARRIER"];
+    if ways {
+        header.extend(["ROUND TRIP", "RELAY", "PROXY"]);
     }
+    header.push("DETAIL");
+    let mut table = plain(&header, show);
+    for server in servers {
+        let colour = match server.state {
+            ServerState::Connected => Color::Green,
+            ServerState::Connecting => Color::Yellow,
+            ServerState::Waiting => Color::Red,
+        };
+        let mut row = vec![
+            Cell::new(clean(&server.endpoint)),
+            coloured(&word(&server.state), colour, show),
+            Cell::new(server.carrier.map_or_else(|| "-".to_owned(), |carrier| word(&carrier))),
+        ];
+        if ways {
+            row.push(Cell::new(server.rtt_us.map_or_else(|| "-".to_owned(), trip)));
+            row.push(Cell::new(if server.relays { "yes" } else { "-" }));
+            row.push(Cell::new(clean(server.proxy.as_deref().unwrap_or("-"))));
+        }
+        let retry = server.retry_in_ms.map(|ms| format!("next attempt in {}", age(ms)));
+        let detail: Vec<String> =
+            [clean(&server.detail)].into_iter().chain(retry).filter(|text| !text.is_empty()).collect();
+        row.push(Cell::new(detail.join("; ")));
+        table.add_row(row);
+    }
+    table.trim_fmt()
 }
 
 /// A row for each peer.
 pub fn peers_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, show: Show) -> String {
-    let mut header = vec!["PEER", "STATE", "ADDRESS", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT"];
+    let mut header = vec!["PEER", "STATE", "PATH", "ADDRESS", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT"];
     if show.wide {
         header.extend(["KIND", "ADDRESS V6", "NODE ID", "PUBLIC KEY", "PREFIXES", "DETAIL"]);
     }
@@ -97,11 +115,16 @@ pub fn peers_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, show: Show) 
             PeerState::Down => Color::Red,
             PeerState::Idle => Color::Grey,
         };
+        let path = peer.path.as_ref();
         let mut row = vec![
             Cell::new(clean(&peer.host_name)),
             coloured(&word(&peer.state), colour, show),
+            Cell::new(path.and_then(|path| path.tier).map_or_else(|| "-".to_owned(), |tier| word(&tier))),
             Cell::new(or_dash(&peer.overlay_v4)),
-            Cell::new(or_dash(&peer.endpoint)),
+            Cell::new(match path.and_then(|path| path.relay.as_ref()) {
+                Some(relay) => format!("relay {}", clean(relay)),
+                None => or_dash(&peer.endpoint),
+            }),
             Cell::new(peer.last_handshake_ms_ago.map_or_else(|| "never".to_owned(), |ms| format!("{} ago", age(ms)))),
             Cell::new(bytes(peer.rx_bytes)),
             Cell::new(bytes(peer.tx_bytes)),
@@ -123,7 +146,7 @@ pub fn peers_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, show: Show) 
 }
 
 /// All about one peer.
-pub fn peer_details(peer: &PeerStatus, show: Show) -> String {
+pub fn peer_details(peer: &PeerStatus, node: &NodeStatus, show: Show) -> String {
     let mut text = peers_table([peer].into_iter(), show);
     let candidates: Vec<String> = peer.candidates.iter().map(ToString::to_string).collect();
     for (name, value) in [
@@ -133,17 +156,16 @@ pub fn peer_details(peer: &PeerStatus, show: Show) -> String {
         ("Address v6", peer.overlay_v6.map(|addr| addr.to_string()).unwrap_or_default()),
         ("Candidates", candidates.join(", ")),
         ("Last seen", peer.seen_ms_ago.map(|ms| format!("{} ago", age(ms))).unwrap_or_default()),
-        ("Detail", peer.detail.clone()),
     ] {
         if !value.is_empty() {
             let _ = write!(text, "\n{name:<12}{}", clean(&value));
         }
     }
+    let _ = write!(text, "\n{}", why(peer, node, show));
     let prefixes = prefixes_table([peer].into_iter(), true, show);
     if !prefixes.is_empty() {
-        let _ = write!(text, "\n\n{prefixes}");
+        let _ = writeln!(text, "\n{prefixes}");
     }
-    text.push('\n');
     text
 }
 
@@ -159,7 +181,7 @@ fn prefixes_table<'a>(peers: impl Iterator<Item = &'a PeerStatus>, all: bool, sh
     if table.is_empty() { String::new() } else { table.trim_fmt() }
 }
 
-fn plain(header: &[&str], show: Show) -> Table {
+pub(super) fn plain(header: &[&str], show: Show) -> Table {
     let mut table = Table::new();
     if show.colour {
         table.enforce_styling();
@@ -179,7 +201,7 @@ fn coloured(text: &str, colour: Color, show: Show) -> Cell {
 }
 
 /// The word that JSON has for a state.
-fn word(value: &impl serde::Serialize) -> String {
+pub(super) fn word(value: &impl serde::Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(word)) => word,
         _ => String::new(),
@@ -195,7 +217,7 @@ pub(crate) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
-fn age(ms: u64) -> String {
+pub(super) fn age(ms: u64) -> String {
     match ms / 1000 {
         0 => format!("{ms} ms"),
         seconds @ 1..120 => format!("{seconds} s"),

@@ -154,6 +154,7 @@ pub struct PathAgent {
     pub(super) probes_sent: u64,
     pub(super) probes_received: u64,
     pub(super) time_to_direct: Option<Duration>,
+    pub(super) time_to_first_byte: Option<Duration>,
 
     /// When everything was last worked out.
     pub(super) judged_at: Instant,
@@ -219,6 +220,7 @@ impl PathAgent {
             probes_sent: 0,
             probes_received: 0,
             time_to_direct: None,
+            time_to_first_byte: None,
             judged_at: Instant::ORIGIN,
             due: None,
             route: PeerRoute::default(),
@@ -314,7 +316,9 @@ impl PathAgent {
             }
             PeerReport::Handshake { endpoint } => {
                 self.last_handshake = Some(now);
-                self.attempt = None;
+                if let Some(attempt) = self.attempt.take() {
+                    self.time_to_first_byte = Some(now.since(attempt.since));
+                }
                 self.touch(now);
                 self.take_handshake(*endpoint, now);
             }

@@ -91,8 +91,8 @@ fn behind(nat: NatClass) -> String {
     }
 }
 
-/// In the third person singular.
-fn habits(nat: NatClass) -> String {
+/// What a NAT does, in the third person singular.
+pub fn habits(nat: NatClass) -> String {
     let mapping = match nat.mapping {
         Mapping::Unknown => None,
         Mapping::EndpointIndependent | Mapping::PortIndependent => Some("keeps one public port"),

@@ -29,6 +29,8 @@ pub struct PathView {
     pub probes_received: u64,
     /// From the wish for a path to the first direct one, the last time.
     pub time_to_direct: Option<Duration>,
+    /// From the wish for a path to a tunnel that carries, the last time.
+    pub time_to_first_byte: Option<Duration>,
     /// Every address that is tried or was, best first.
     pub candidates: Vec<CandidateView>,
     /// When the candidates are probed again.
@@ -72,6 +74,7 @@ impl PathAgent {
             probes_sent: self.probes_sent,
             probes_received: self.probes_received,
             time_to_direct: self.time_to_direct,
+            time_to_first_byte: self.time_to_first_byte,
             candidates: self.remotes.all().iter().map(|remote| self.candidate_view(remote, now)).collect(),
             next_retry: self.next_round().filter(|at| *at > now),
             why_not_direct: self.why_not_direct(now),

@@ -79,6 +79,7 @@ pub(super) async fn dial(endpoint: &Endpoint, to: SocketAddr, server: &ServerAdd
         kind: CarrierKind::Quic,
         remote: connection.remote_address(),
         addresses: Vec::new(),
+        proxy: None,
         exporter,
         relay: Some(relay::lane(&connection)),
         sender: CarrierSender(Sending::Quic(Sender { stream: send, connection: connection.clone() })),
