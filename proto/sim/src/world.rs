@@ -360,7 +360,7 @@ impl World {
                         self.ping_one(host, other, road);
                     }
                 }
-            } else if self.random.below(30) == 0 {
+            } else if self.random.below(6) == 0 {
                 let road = Road::ALL[self.random.below(3) as usize];
                 self.ping_one(host, other, road);
             }
