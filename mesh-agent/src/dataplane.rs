@@ -37,6 +37,7 @@ pub mod udp;
 
 pub use drops::EngineStats;
 pub use engine::{Clock, Engine};
+pub(crate) use extra::ExtraSockets;
 pub use io::{Arrival, DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
 pub use queues::ControlDatagram;
 pub use tun::{Tun, TunError};

@@ -5,7 +5,6 @@
 //! the host is reported to the machine and shown in `status`.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -13,7 +12,6 @@ use mesh_common::config::Config;
 use mesh_common::host_name::HostName;
 use mesh_common::id::ServerId;
 use mesh_common::key::ClusterSecret;
-use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Endpoint, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
@@ -22,8 +20,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use zeroize::Zeroizing;
 
 use crate::api::ApiRequest;
+use crate::backend::{Backend, Exchanged, Place};
 use crate::clock;
-use crate::dataplane::{BoringTunnels, Engine, Tun, UdpSockets};
 use crate::device::{ApplyError, HostDevice, HostWatch, ObserveError};
 use crate::io::carriers::{CarrierEvent, Carriers};
 use crate::io::session::{Dialer, ServerAddress};
@@ -64,7 +62,7 @@ pub struct Node<'a> {
     servers: Vec<ServerAddress>,
     host_name: HostName,
     agent: Agent,
-    engine: Engine<BoringTunnels, Tun, UdpSockets>,
+    backend: Backend,
     host: HostDevice,
     watch: HostWatch,
     carriers: Carriers,
@@ -77,7 +75,7 @@ pub struct Node<'a> {
     leaving: Option<Leaving>,
     inquiries: Inquiries,
     ready: bool,
-    /// The data plane lost its TUN and has no other yet.
+    /// The backend lost its link and has no other yet.
     link_lost: bool,
     store_failed: bool,
     host_problem: Option<String>,
@@ -114,10 +112,10 @@ impl<'a> Node<'a> {
         let settings = node_settings::load(&config).await?;
         let host_name = settings.host_name.clone();
         let secret = secrets::cluster_secret(&config.cluster.secret)?;
-        let sockets = UdpSockets::bind(settings.listen_port, FWMARK)?;
         let mut host = HostDevice::new(&settings.link_name, state.dir())?;
-        let tun = Tun::create(&settings.link_name)?;
-        host.set_link(Some(tun.index()), settings.listen_port);
+        let place = Place { link_name: &settings.link_name, listen_port: settings.listen_port, secret: state.wg() };
+        let backend = Backend::open(config.mesh.backend, &place).await?;
+        host.set_link(backend.index(), settings.listen_port);
         let watch = HostWatch::start().context("cannot watch the host's network by netlink")?;
         let carriers = Carriers::new(Dialer::new().context("cannot open sockets for discovery servers")?);
         let mut seed = Zeroizing::new([0; 32]);
@@ -139,9 +137,8 @@ impl<'a> Node<'a> {
             marks: state.load_marks()?,
             frames: state.load_frames()?,
         };
-        let engine = Engine::start(Some(tun), sockets, BoringTunnels::new(state.wg()), Arc::new(clock::now))
-            .context("cannot start the data plane")?;
-        let agent = Agent::new(settings, start, clock::now());
+        let mut agent = Agent::new(settings, start, clock::now());
+        agent.handle_device(backend.kind().capabilities(), clock::now());
         if let Err(error) = device::mark(state.dir()) {
             tracing::warn!(
                 "{} cannot be written ({error}): a start with mesh.enabled: false will not remove what this run leaves",
@@ -153,6 +150,7 @@ impl<'a> Node<'a> {
             overlay_v6 = %agent.overlay_v6(),
             interface = %config.mesh.interface_name.as_str(),
             port = config.mesh.listen_port,
+            backend = backend.kind().name(),
             cached_members = agent.members().iter().count(),
             "mesh is on"
         );
@@ -162,7 +160,7 @@ impl<'a> Node<'a> {
             config,
             secret,
             agent,
-            engine,
+            backend,
             host,
             watch,
             carriers,
@@ -189,7 +187,7 @@ impl<'a> Node<'a> {
             if let Some(is_clean) = self.drain(services).await {
                 return Ok(self.leave(is_clean));
             }
-            if !self.engine.is_running() {
+            if !self.backend.is_running() {
                 bail!("a thread of the data plane died, which is a bug: the log above says where");
             }
             let (wake_at, _why) = self.next_wake();
@@ -209,10 +207,10 @@ impl<'a> Node<'a> {
                         CarrierEvent::Closed(reason) => self.agent.handle_disconnected(server, &reason, now),
                     }
                 }
-                () = self.engine.wait() => self.report_peers(),
+                () = self.backend.wait() => self.report_peers().await,
                 _ = tunnels.tick() => {
-                    self.engine.handle_timeout(clock::now());
-                    self.report_peers();
+                    self.backend.handle_timeout(clock::now());
+                    self.report_peers().await;
                 }
                 () = self.watch.changed() => {
                     let at = (clock::now() + HOST_SETTLE).max(self.looked_at + HOST_PAUSE);
@@ -270,9 +268,9 @@ impl<'a> Node<'a> {
         None
     }
 
-    /// The link was deleted and the host does not know yet that its TUN is dead.
+    /// The link was deleted and the host does not know yet.
     fn is_link_newly_lost(&mut self) -> bool {
-        self.engine.link_lost() && !std::mem::replace(&mut self.link_lost, true)
+        self.backend.link_lost() && !std::mem::replace(&mut self.link_lost, true)
     }
 
     async fn carry_out(&mut self, event: AgentEvent) {
@@ -295,21 +293,21 @@ impl<'a> Node<'a> {
             AgentEvent::StoreMembers => {
                 self.store_at.get_or_insert_with(|| clock::now() + STORE_PAUSE);
             }
-            AgentEvent::SetRoute(peer, route) => self.engine.set_route(&peer, &route),
-            AgentEvent::SendRaw { to, bytes, ttl } => self.engine.send_raw(to.into(), &bytes, ttl),
+            AgentEvent::SetRoute(peer, route) => self.backend.set_route(&peer, &route),
+            AgentEvent::SendRaw { to, bytes, ttl } => self.backend.send_raw(to.into(), &bytes, ttl),
             AgentEvent::SendFrom { socket, to, bytes, ttl } => {
-                self.engine.send_raw(Endpoint::Extra(socket, to), &bytes, ttl);
+                self.backend.send_raw(Endpoint::Extra(socket, to), &bytes, ttl);
             }
             AgentEvent::OpenSockets { peer, family, count } => {
-                let opened = self.engine.open_extra(family, count);
+                let opened = self.backend.open_extra(&peer, family, count);
                 self.agent.handle_sockets(&peer, &opened, clock::now());
             }
-            AgentEvent::CloseSockets(closed) => self.engine.close_extra(&closed),
+            AgentEvent::CloseSockets(closed) => self.backend.close_extra(&closed),
             AgentEvent::SendRelay { server, message } => self.carriers.send_relay(server, message),
-            AgentEvent::Relayed { server, peer, datagram } => self.engine.handle_relayed(&peer, server, &datagram),
+            AgentEvent::Relayed { server, peer, datagram } => self.backend.handle_relayed(&peer, server, &datagram),
             AgentEvent::Echoed { echo, from, rtt } => self.end_ping(echo, from, rtt),
             AgentEvent::StartHandshake(peer) => {
-                if !self.engine.start_handshake(&peer) {
+                if !self.backend.start_handshake(&peer) {
                     tracing::debug!(%peer, "no endpoint to start a handshake with");
                 }
             }
@@ -323,8 +321,8 @@ impl<'a> Node<'a> {
         let first = steps.first().cloned();
         for step in steps {
             if !matches!(step, Action::SetPeer(..) | Action::RemovePeer(_)) {
-                // Many peers are one snapshot for the data threads; before a packet can be routed to them.
-                self.engine.publish();
+                // Many peers are put into force at once, and before a packet can be routed to them.
+                self.backend.publish().await;
             }
             if let Err(error) = self.apply_step(&step).await {
                 let not_permitted = matches!(error.downcast_ref(), Some(ApplyError::NotPermitted { .. }));
@@ -347,38 +345,38 @@ impl<'a> Node<'a> {
             Action::CreateLink(link) => self.create_link(link).await?,
             Action::UpdateLink(link) => self.host.configure_link(link).await?,
             Action::SetPeer(key, spec) => {
-                self.engine.set_peer(*key, spec.clone());
+                self.backend.set_peer(*key, spec.clone());
                 if let Some(route) = self.agent.route_of(key) {
-                    self.engine.set_route(key, route);
+                    self.backend.set_route(key, route);
                 }
             }
-            Action::RemovePeer(key) => self.engine.remove_peer(key),
+            Action::RemovePeer(key) => self.backend.remove_peer(key),
             _ => self.host.apply(step).await?,
         }
         Ok(())
     }
 
-    /// The TUN that was opened at the start is used first; one that was deleted is opened anew.
+    /// The link that was made at the start is used first; one that was deleted is made anew.
     async fn create_link(&mut self, link: &Link) -> anyhow::Result<()> {
-        if !self.engine.link_lost() {
+        if !self.backend.link_lost() {
             match self.host.configure_link(link).await {
                 Err(error) if error.is_missing_link() => {}
                 other => return Ok(other?),
             }
         }
-        let tun = Tun::create(&link.name)?;
-        self.host.set_link(Some(tun.index()), link.listen_port);
-        self.engine.replace_tun(tun);
+        self.backend.make_link(&link.name).await?;
+        self.host.set_link(self.backend.index(), link.listen_port);
         self.link_lost = false;
         Ok(self.host.configure_link(link).await?)
     }
 
     async fn observe(&mut self) -> Option<Observed> {
         self.looked_at = clock::now();
+        self.backend.publish().await;
         match self.host.observe().await {
             Ok(observed) => {
                 self.host_problem = None;
-                Some(Observed { peers: self.engine.peers(), ..observed })
+                Some(Observed { peers: self.backend.peers(), ..observed })
             }
             Err(error) => {
                 let text = error.to_string();
@@ -394,15 +392,18 @@ impl<'a> Node<'a> {
         }
     }
 
-    fn report_peers(&mut self) {
+    async fn report_peers(&mut self) {
         let now = clock::now();
-        for (peer, report) in self.engine.handle_control(now) {
+        for (peer, report) in self.backend.handle_control(now).await {
             self.agent.handle_peer_report(&peer, &report, now);
         }
-        for datagram in self.engine.take_control() {
+        if self.backend.take_changed() {
+            self.observe_at = Some(now);
+        }
+        for datagram in self.backend.take_control() {
             self.agent.handle_datagram(datagram.source, &datagram.bytes, now);
         }
-        for (peer, server, datagram) in self.engine.take_relayed() {
+        for (peer, server, datagram) in self.backend.take_relayed() {
             if let Some(message) = self.agent.relay(server, &peer, &datagram, now) {
                 self.carriers.send_relay(server, message);
             }
@@ -447,10 +448,9 @@ impl<'a> Node<'a> {
                 tracing::info!("stopping; routes fail closed until the next start");
                 self.store_for_the_next_start();
                 self.keep_only_the_floor().await;
-                self.engine.stop();
                 return Ok(Some(Ended::Terminated));
             }
-            Wish::Reload { config, answer } => return Ok(self.reload(config, answer).await),
+            Wish::Reload { config, answer } => return self.reload(config, answer).await,
             Wish::Api(ApiRequest::Status(answer)) => {
                 // The asker may have gone.
                 let _gone = answer.send(Box::new(self.status()));
@@ -474,16 +474,16 @@ impl<'a> Node<'a> {
     }
 
     /// Takes a new configuration. What cannot change in place (cluster, interface, port) takes the node down and up again.
-    async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) -> Option<Ended> {
+    async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) -> anyhow::Result<Option<Ended>> {
         if let Some(leaving) = &mut self.leaving {
             // The newest configuration is the one to go on with, on or off.
             leaving.config = config;
             leaving.waiting.extend(answer);
-            return None;
+            return Ok(None);
         }
         if !config.mesh.enabled {
             self.start_leaving(config, answer);
-            return None;
+            return Ok(None);
         }
         let loaded = node_settings::load(&config).await;
         let secret = secrets::cluster_secret(&config.cluster.secret);
@@ -499,11 +499,14 @@ impl<'a> Node<'a> {
                     "the new configuration changes interface or port: starting anew; routes fail closed meanwhile"
                 );
                 self.store_for_the_next_start();
-                self.engine.stop();
                 let waiting = answer.into_iter().collect();
-                return Some(Ended::Left(Departure { config, waiting, is_clean: false }));
+                return Ok(Some(Ended::Left(Departure { config, waiting, is_clean: false })));
             }
             (Ok(settings), Ok(_)) => {
+                if let Err(error) = self.choose_backend(&config).await? {
+                    respond(answer, Err(format!("{error:#}")));
+                    return Ok(None);
+                }
                 self.set_servers(node_settings::servers(&config));
                 self.host_name = settings.host_name.clone();
                 self.config = *config;
@@ -512,7 +515,43 @@ impl<'a> Node<'a> {
                 respond(answer, Ok(()));
             }
         }
-        None
+        Ok(None)
+    }
+
+    /// Goes on with the backend that the configuration asks for. Members, sessions with servers and what is known of paths
+    /// stay; the peers' tunnels are made anew, with a greeting to those that were up. An inner error leaves all as it was.
+    async fn choose_backend(&mut self, config: &Config) -> anyhow::Result<anyhow::Result<()>> {
+        if config.mesh.backend == self.config.mesh.backend {
+            return Ok(Ok(()));
+        }
+        let peers = self.backend.peers();
+        let link_name = self.config.mesh.interface_name.as_str();
+        let place = Place { link_name, listen_port: self.config.mesh.listen_port, secret: self.state.wg() };
+        match self.backend.exchange(config.mesh.backend, &place).await {
+            Err(error) => return Ok(Err(error)),
+            Ok(opened) => match opened.context("neither backend can be opened any more")? {
+                Exchanged::Not => return Ok(Ok(())),
+                Exchanged::Anew => {}
+            },
+        }
+        tracing::info!(backend = self.backend.kind().name(), "packets are carried by another backend from now on");
+        self.host.set_link(self.backend.index(), self.config.mesh.listen_port);
+        self.link_lost = false;
+        for (key, spec) in peers {
+            self.backend.set_peer(key, spec);
+            if let Some(route) = self.agent.route_of(&key) {
+                self.backend.set_route(&key, route);
+            }
+        }
+        self.backend.publish().await;
+        self.agent.handle_device(self.backend.kind().capabilities(), clock::now());
+        // The link is bare: its settings and routes come with the steps that follow from this look.
+        if let Some(observed) = self.observe().await {
+            self.observed = observed.clone();
+            self.agent.handle_observed(observed, clock::now());
+        }
+        self.agent.handle_sessions_lost(clock::now());
+        Ok(Ok(()))
     }
 
     fn needs_restart(&self, config: &Config) -> bool {
@@ -553,7 +592,6 @@ impl<'a> Node<'a> {
 
     /// The threads and sockets go; whoever waits is told what came of it, or once the next configuration is in force.
     fn leave(mut self, is_clean: bool) -> Ended {
-        self.engine.stop();
         if let Err(error) = self.state.store_frames(&[]) {
             tracing::warn!("{error}");
         }
@@ -582,9 +620,10 @@ impl<'a> Node<'a> {
             config: &self.config,
             view: &view,
             carriers: &self.carriers,
-            counters: &|key| self.engine.counters(key),
-            engine: &self.engine.stats(),
+            counters: &|key| self.backend.counters(key),
+            engine: &self.backend.stats(),
             started_at_ms: self.started_at_ms,
+            backend: &self.backend,
             is_ready: self.ready,
             host_problem: self.host_problem.as_deref(),
             host_name: self.host_name.as_str(),

@@ -30,6 +30,7 @@ pub mod proxy;
 pub mod roaming;
 pub mod snapshot;
 pub mod traffic;
+pub mod vm;
 pub mod wait;
 
 pub use capture::{Capture, Counts, Marker, Watch};

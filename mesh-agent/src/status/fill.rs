@@ -20,9 +20,10 @@ use mesh_proto::path::view::{CandidateView, PathView};
 use super::net::{FamilyStatus, NetStatus, Netcheck, Udp};
 use super::path::{AddressKind, Nat, NatStatus, PathStatus, SwitchStatus, Tier, TriedAddress};
 use super::{
-    API_VERSION, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState, PrefixStatus, Problem,
+    API_VERSION, BackendStatus, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState, PrefixStatus, Problem,
     ServerState, ServerStatus, Status,
 };
+use crate::backend::Backend;
 use crate::dataplane::EngineStats;
 use crate::io::carriers::Carriers;
 use crate::io::session::CarrierKind;
@@ -39,6 +40,7 @@ pub struct Facts<'a> {
     pub carriers: &'a Carriers,
     pub counters: &'a dyn Fn(&WgPublicKey) -> PeerCounters,
     pub engine: &'a EngineStats,
+    pub backend: &'a Backend,
     pub host_name: &'a str,
     pub started_at_ms: u64,
     pub is_ready: bool,
@@ -68,6 +70,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
             state,
             namespace: Some(view.namespace.to_string()),
             problems,
+            backend: Some(backend(facts.backend)),
             net: net(view),
             ..node(facts.config, facts.started_at_ms)
         },
@@ -114,8 +117,13 @@ fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         started_at_ms,
         problems: Vec::new(),
+        backend: None,
         net: NetStatus::default(),
     }
+}
+
+fn backend(backend: &Backend) -> BackendStatus {
+    BackendStatus { kind: backend.kind(), why_not_kernel: backend.why_not_kernel().map(str::to_owned) }
 }
 
 fn net(view: &View) -> NetStatus {
@@ -165,6 +173,9 @@ fn problems(facts: &Facts<'_>) -> Vec<Problem> {
             format!("strict reverse path filter on {link}: prefixes that hold a peer's endpoint are not routed"),
             &format!("sysctl -w net.ipv4.conf.{link}.rp_filter=2"),
         ));
+    }
+    if let Some(text) = facts.backend.refused() {
+        problems.push(problem(format!("the kernel's WireGuard: {text}"), "the agent tries again by itself"));
     }
     if let Some(text) = facts.host_problem {
         problems.push(problem(text.to_owned(), "the agent tries again by itself"));

@@ -15,7 +15,9 @@ use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey,
 use mesh_common::limits::RECONCILE_INTERVAL;
 use mesh_common::time::Instant;
 
-use crate::device::{Action, Endpoint, Family, Observed, PeerReport, PeerRoute, Route, RouteKind, SocketId};
+use crate::device::{
+    Action, Capabilities, Endpoint, Family, Observed, PeerReport, PeerRoute, Route, RouteKind, SocketId,
+};
 use crate::discovery::client::Client;
 use crate::mesh::members::Members;
 use crate::mesh::peer::Peer;
@@ -158,6 +160,7 @@ pub struct Agent {
     orphan_floor: BTreeSet<Route>,
     paths: BTreeMap<WgPublicKey, PathAgent>,
     path_policy: PathPolicy,
+    device: Capabilities,
     probing: paths::Probing,
     /// Paths that had an input since they were last drained.
     stirred: BTreeSet<WgPublicKey>,
@@ -248,6 +251,7 @@ impl Agent {
             orphan_floor: BTreeSet::new(),
             paths: BTreeMap::new(),
             path_policy: start.path_policy,
+            device: Capabilities::USERSPACE,
             probing: paths::Probing::new(now),
             stirred: BTreeSet::new(),
             echoes: echo::Echoes::default(),
@@ -380,6 +384,24 @@ impl Agent {
             }
         }
         self.take_observed(observed, now);
+    }
+
+    /// What the device can do that carries the peers from now on; the userspace one is assumed before.
+    pub fn handle_device(&mut self, device: Capabilities, now: Instant) {
+        self.device = device;
+        for (key, path) in &mut self.paths {
+            self.stirred.insert(*key);
+            path.handle_device(device, now);
+        }
+        self.settle(now);
+    }
+
+    /// The device was exchanged for another: it has no session yet, and peers do not know.
+    pub fn handle_sessions_lost(&mut self, now: Instant) {
+        for key in self.paths.keys().copied().collect::<Vec<_>>() {
+            self.with_path(&key, now, |path| path.handle_session_lost(now));
+        }
+        self.settle(now);
     }
 
     pub fn handle_peer_report(&mut self, peer: &WgPublicKey, report: &PeerReport, now: Instant) {

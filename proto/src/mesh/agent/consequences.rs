@@ -116,6 +116,7 @@ impl Agent {
                 .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
             let path =
                 self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64(), self.path_policy));
+            path.handle_device(self.device, now);
             path.handle_candidates(&peer.candidates, now);
             path.handle_instance(peer.instance, now);
         }
