@@ -166,7 +166,7 @@ impl KernelDevice {
         let proxy = Proxy::open(port).map_err(KernelError::NoLoopback)?;
         let extra = ExtraSockets::new(FWMARK);
         let extra = extra.map_err(|source| KernelError::Failed { what: "watch sockets", source })?;
-        let watched = extra.descriptor().try_clone_to_owned().and_then(AsyncFd::register);
+        let watched = extra.descriptor().try_clone_to_owned().and_then(raw::watch);
         let extra_ready = watched.map_err(|source| KernelError::Failed { what: "watch sockets", source })?;
         let now = clock::now();
         let mut device = Self {
@@ -551,7 +551,12 @@ impl KernelDevice {
         self.looked_at = clock::now();
         self.look_took = self.looked_at.since(begun);
         match answered {
-            Ok(device) => self.take_look(index, device, now).await,
+            Ok(device) => {
+                if self.peers.values().all(|peer| peer.written().is_some()) {
+                    self.refused = None;
+                }
+                self.take_look(index, device, now).await;
+            }
             Err(error) => self.note_error(&error, "ask for peers"),
         }
         let pause = if now < self.hot_until {

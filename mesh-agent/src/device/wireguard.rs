@@ -22,6 +22,7 @@ const KIND: &str = "wireguard";
 /// A link that this process made. It goes when this is dropped.
 #[derive(Debug)]
 pub(crate) struct WireguardLink {
+    name: String,
     index: u32,
 }
 
@@ -31,7 +32,7 @@ impl WireguardLink {
         let netlink = Netlink::open()?;
         let made = netlink.handle.link().add(LinkWireguard::new(name).build()).execute().await;
         made.map_err(to_io)?;
-        let link = Self { index: if_nametoindex(name)? };
+        let link = Self { name: name.to_owned(), index: if_nametoindex(name)? };
         // Before it comes up, so that nothing of ours speaks router discovery there.
         let quiet = netlink.handle.link().change(link::without_link_local(link.index)).execute().await;
         accept(quiet, &[libc::EOPNOTSUPP, libc::EAFNOSUPPORT, libc::EINVAL])?;
@@ -51,8 +52,11 @@ impl WireguardLink {
 
 impl Drop for WireguardLink {
     fn drop(&mut self) {
-        // Without a runtime: it must also work while one ends. A link that is gone already is no matter.
-        let _gone = delete_now(self.index);
+        // Deleted by somebody, it may have left its index to another one.
+        if if_nametoindex(self.name.as_str()) == Ok(self.index) {
+            // Without a runtime: it must also work while one ends.
+            let _gone = delete_now(self.index);
+        }
     }
 }
 

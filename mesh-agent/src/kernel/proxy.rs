@@ -15,6 +15,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::raw;
+
 /// Peers are numbered from here; behind it there is room for four million.
 const FIRST: u32 = u32::from_be_bytes([127, 64, 0, 1]);
 /// Bursts of a peer's data wait here, some milliseconds of it.
@@ -45,7 +47,7 @@ impl Proxy {
         }
         let bound = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
         let proxy = Self {
-            socket: AsyncFd::register(socket)?,
+            socket: raw::watch(socket)?,
             port: bound.port(),
             kernel: SocketAddrV4::new(Ipv4Addr::LOCALHOST, wireguard_port),
         };

@@ -8,7 +8,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use bytes::Bytes;
 use mesh_proto::wire::demux::{Datagram, PROBE, classify};
@@ -137,7 +137,7 @@ impl Family {
         setsockopt(&udp, sockopt::Mark, &mark)?;
         setsockopt(&whole, sockopt::Mark, &mark)?;
         setsockopt(&guide, sockopt::Mark, &mark)?;
-        Ok(Self { port: AsyncFd::register(udp)?, whole, guide })
+        Ok(Self { port: watch(udp)?, whole, guide })
     }
 
     fn send(&self, port: u16, to: SocketAddr, payload: &[u8], ttl: Option<u8>) -> io::Result<()> {
@@ -149,6 +149,13 @@ impl Family {
         bare.set_port(0);
         send_now(self.port.get_ref(), bare, &[&header, payload], ttl)
     }
+}
+
+/// Has tokio tell when there is something to read.
+pub(super) fn watch<T: AsRawFd + AsFd>(owner: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: what is borrowed out of `owner` by `AsFd` is its own open descriptor, and nothing in this module replaces or
+    // closes it while AsyncFd has it.
+    unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) }.map_err(Into::into)
 }
 
 pub(super) fn send_now(socket: &Socket, to: SocketAddr, parts: &[&[u8]], ttl: Option<u8>) -> io::Result<()> {

@@ -217,6 +217,12 @@ impl Node {
         self.process.take().map_or(Ok(()), |mut process| process.terminate(STOP_WITHIN).map(drop))
     }
 
+    /// Of the agent that runs.
+    pub fn pid(&self) -> Result<u32> {
+        let process = self.process.as_ref().with_context(|| format!("the agent of {} does not run", self.name()))?;
+        Ok(process.pid().as_raw().cast_unsigned())
+    }
+
     /// Has the agent read its config again.
     pub fn reload(&self) -> Result<()> {
         self.signal(Signal::SIGHUP)
