@@ -12,9 +12,7 @@ use mesh_common::id::ServerId;
 use mesh_common::key::{WgPublicKey, WgSecret};
 use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
-use mesh_proto::device::{
-    Capabilities, Endpoint, Family, PeerCounters, PeerReport, PeerRoute, PeerSpec, SocketId,
-};
+use mesh_proto::device::{Capabilities, Endpoint, Family, PeerCounters, PeerReport, PeerRoute, PeerSpec, SocketId};
 use serde::{Deserialize, Serialize};
 
 use crate::clock;
@@ -56,20 +54,10 @@ pub struct Place<'a> {
     pub secret: &'a WgSecret,
 }
 
-/// What became of the wish to go on with another backend.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Exchanged {
-    /// It is the wanted one already.
-    Not,
-    /// Peers, routes and the link's settings are to be given anew.
-    Anew,
-}
-
 /// All methods are for the one control thread.
 #[derive(Debug)]
 pub struct Backend {
-    /// `None` only while one is exchanged for another, or when neither could be opened any more.
-    inner: Option<Inner>,
+    inner: Inner,
     /// Why it is not the kernel's, where that was to be tried.
     why_not_kernel: Option<String>,
 }
@@ -104,63 +92,34 @@ impl Backend {
         let mut why_not_kernel = None;
         if choice != BackendChoice::Userspace {
             match Inner::kernel(place).await {
-                Ok(inner) => return Ok(Self { inner: Some(inner), why_not_kernel }),
+                Ok(inner) => return Ok(Self { inner, why_not_kernel }),
                 Err(error) if choice == BackendChoice::Kernel => return Err(error).context(MUST_BE_KERNEL),
                 Err(error) => why_not_kernel = Some(error.to_string()),
             }
         }
-        Ok(Self { inner: Some(Inner::userspace(place).await?), why_not_kernel })
+        Ok(Self { inner: Inner::userspace(place).await?, why_not_kernel })
     }
 
-    /// Goes on with what this choice asks for. The outer error is for whoever asked: all is as before. The inner one is the
-    /// end: neither backend can be opened any more.
-    pub async fn exchange(
-        &mut self,
-        choice: BackendChoice,
-        place: &Place<'_>,
-    ) -> anyhow::Result<anyhow::Result<Exchanged>> {
-        let before = self.kind();
-        let wanted = match (choice, before) {
-            (BackendChoice::Userspace, _) => BackendKind::Userspace,
-            (_, BackendKind::Kernel) => BackendKind::Kernel,
-            // Asked first, so that nothing in use is touched in vain.
-            (_, BackendKind::Userspace) => match (kernel::probe().await, choice) {
-                (Ok(()), _) => BackendKind::Kernel,
-                (Err(error), BackendChoice::Kernel) => return Err(error).context(MUST_BE_KERNEL),
-                (Err(error), _) => {
-                    self.why_not_kernel = Some(error.to_string());
-                    return Ok(Ok(Exchanged::Not));
-                }
-            },
+    /// Whether a node that has this one needs a start for what is chosen now. An error where that start would fail; nothing that
+    /// is in use is touched to find out.
+    pub async fn needs_restart(&mut self, choice: BackendChoice) -> anyhow::Result<bool> {
+        let probed = match (choice, self.kind()) {
+            (BackendChoice::Userspace, kind) => return Ok(kind == BackendKind::Kernel),
+            (_, BackendKind::Kernel) => return Ok(false),
+            (_, BackendKind::Userspace) => kernel::probe().await,
         };
-        self.why_not_kernel = None;
-        if wanted == before {
-            return Ok(Ok(Exchanged::Not));
-        }
-        // The old one has the name and the port.
-        self.inner = None;
-        let opened = match wanted {
-            BackendKind::Kernel => Inner::kernel(place).await.map_err(anyhow::Error::from),
-            BackendKind::Userspace => Inner::userspace(place).await,
-        };
-        let opened = match opened {
-            Ok(inner) => Ok(inner),
+        match probed {
+            Ok(()) => Ok(true),
+            Err(error) if choice == BackendChoice::Kernel => Err(error).context(MUST_BE_KERNEL),
             Err(error) => {
-                tracing::warn!("the {} backend cannot be opened, the old one is again: {error:#}", wanted.name());
-                match before {
-                    BackendKind::Kernel => Inner::kernel(place).await.map_err(anyhow::Error::from),
-                    BackendKind::Userspace => Inner::userspace(place).await,
-                }
+                self.why_not_kernel = Some(error.to_string());
+                Ok(false)
             }
-        };
-        Ok(opened.map(|inner| {
-            self.inner = Some(inner);
-            Exchanged::Anew
-        }))
+        }
     }
 
     pub fn kind(&self) -> BackendKind {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { .. } => BackendKind::Userspace,
             Inner::Kernel(_) => BackendKind::Kernel,
         }
@@ -170,17 +129,9 @@ impl Backend {
         self.why_not_kernel.as_deref()
     }
 
-    fn inner(&self) -> &Inner {
-        self.inner.as_ref().expect("it is taken only while one is exchanged for another")
-    }
-
-    fn inner_mut(&mut self) -> &mut Inner {
-        self.inner.as_mut().expect("it is taken only while one is exchanged for another")
-    }
-
     /// The link's index, while it is known to be there.
     pub fn index(&self) -> Option<u32> {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { index, .. } => Some(*index),
             Inner::Kernel(device) => device.index(),
         }
@@ -188,7 +139,7 @@ impl Backend {
 
     /// Makes the link anew that was deleted.
     pub async fn make_link(&mut self, name: &str) -> anyhow::Result<()> {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, index } => {
                 let tun = Tun::create(name)?;
                 *index = tun.index();
@@ -200,7 +151,7 @@ impl Backend {
     }
 
     pub fn link_lost(&self) -> bool {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { engine, .. } => engine.link_lost(),
             Inner::Kernel(device) => device.link_lost(),
         }
@@ -208,7 +159,7 @@ impl Backend {
 
     /// Somebody else changed the device since this was last asked: look at it.
     pub fn take_changed(&mut self) -> bool {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { .. } => false,
             Inner::Kernel(device) => device.take_changed(),
         }
@@ -216,21 +167,21 @@ impl Backend {
 
     /// Why the device did not take what it was last told.
     pub fn refused(&self) -> Option<&str> {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { .. } => None,
             Inner::Kernel(device) => device.refused(),
         }
     }
 
     pub fn set_peer(&mut self, key: WgPublicKey, spec: PeerSpec) {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.set_peer(key, spec),
             Inner::Kernel(device) => device.set_peer(key, spec),
         }
     }
 
     pub fn remove_peer(&mut self, key: &WgPublicKey) {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.remove_peer(key),
             Inner::Kernel(device) => device.remove_peer(key),
         }
@@ -238,84 +189,84 @@ impl Backend {
 
     /// Puts all changes of peers so far into force.
     pub async fn publish(&mut self) {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.publish(),
             Inner::Kernel(device) => device.publish().await,
         }
     }
 
     pub fn set_route(&mut self, key: &WgPublicKey, route: &PeerRoute) {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.set_route(key, route),
             Inner::Kernel(device) => device.set_route(key, route),
         }
     }
 
     pub fn start_handshake(&mut self, key: &WgPublicKey) -> bool {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.start_handshake(key),
             Inner::Kernel(device) => device.start_handshake(key),
         }
     }
 
     pub fn peers(&self) -> BTreeMap<WgPublicKey, PeerSpec> {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { engine, .. } => engine.peers(),
             Inner::Kernel(device) => device.peers(),
         }
     }
 
     pub fn counters(&self, key: &WgPublicKey) -> PeerCounters {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { engine, .. } => engine.counters(key),
             Inner::Kernel(device) => device.counters(key),
         }
     }
 
     pub fn stats(&self) -> EngineStats {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { engine, .. } => engine.stats(),
             Inner::Kernel(device) => device.stats(),
         }
     }
 
     pub fn take_relayed(&mut self) -> Vec<(WgPublicKey, ServerId, Bytes)> {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.take_relayed(),
             Inner::Kernel(device) => device.take_relayed(),
         }
     }
 
     pub fn handle_relayed(&mut self, sender: &WgPublicKey, server: ServerId, datagram: &[u8]) {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.handle_relayed(sender, server, datagram),
             Inner::Kernel(device) => device.handle_relayed(sender, server, datagram),
         }
     }
 
     pub fn take_control(&mut self) -> Vec<ControlDatagram> {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.take_control(),
             Inner::Kernel(device) => device.take_control(),
         }
     }
 
     pub fn send_raw(&mut self, to: Endpoint, datagram: &[u8], ttl: Option<u8>) {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.send_raw(to, datagram, ttl),
             Inner::Kernel(device) => device.send_raw(to, datagram, ttl),
         }
     }
 
     pub fn open_extra(&mut self, peer: &WgPublicKey, family: Family, count: u16) -> Vec<SocketId> {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.open_extra(family, count),
             Inner::Kernel(device) => device.open_extra(peer, family, count),
         }
     }
 
     pub fn close_extra(&mut self, closed: &[SocketId]) {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.close_extra(closed),
             Inner::Kernel(device) => device.close_extra(closed),
         }
@@ -323,14 +274,14 @@ impl Backend {
 
     /// Waits until [`Self::handle_control`] or a `take_*` has something to give. Safe to drop at any time.
     pub async fn wait(&self) {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { engine, .. } => engine.wait().await,
             Inner::Kernel(device) => device.wait().await,
         }
     }
 
     pub async fn handle_control(&mut self, now: Instant) -> Vec<(WgPublicKey, PeerReport)> {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.handle_control(now),
             Inner::Kernel(device) => device.handle_control(now).await,
         }
@@ -338,7 +289,7 @@ impl Backend {
 
     /// Call every 250 ms. The kernel has its own timers.
     pub fn handle_timeout(&mut self, now: Instant) {
-        match self.inner_mut() {
+        match &mut self.inner {
             Inner::Userspace { engine, .. } => engine.handle_timeout(now),
             Inner::Kernel(_) => {}
         }
@@ -346,7 +297,7 @@ impl Backend {
 
     /// False when a data thread ended though nobody asked it to.
     pub fn is_running(&self) -> bool {
-        match self.inner() {
+        match &self.inner {
             Inner::Userspace { engine, .. } => engine.is_running(),
             Inner::Kernel(_) => true,
         }

@@ -20,7 +20,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use zeroize::Zeroizing;
 
 use crate::api::ApiRequest;
-use crate::backend::{Backend, Exchanged, Place};
+use crate::backend::{Backend, Place};
 use crate::clock;
 use crate::device::{ApplyError, HostDevice, HostWatch, ObserveError};
 use crate::io::carriers::{CarrierEvent, Carriers};
@@ -450,7 +450,7 @@ impl<'a> Node<'a> {
                 self.keep_only_the_floor().await;
                 return Ok(Some(Ended::Terminated));
             }
-            Wish::Reload { config, answer } => return self.reload(config, answer).await,
+            Wish::Reload { config, answer } => return Ok(self.reload(config, answer).await),
             Wish::Api(ApiRequest::Status(answer)) => {
                 // The asker may have gone.
                 let _gone = answer.send(Box::new(self.status()));
@@ -473,17 +473,17 @@ impl<'a> Node<'a> {
         Ok(None)
     }
 
-    /// Takes a new configuration. What cannot change in place (cluster, interface, port) takes the node down and up again.
-    async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) -> anyhow::Result<Option<Ended>> {
+    /// Takes a new configuration. What cannot change in place (cluster, interface, port, backend) takes the node down and up again.
+    async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) -> Option<Ended> {
         if let Some(leaving) = &mut self.leaving {
             // The newest configuration is the one to go on with, on or off.
             leaving.config = config;
             leaving.waiting.extend(answer);
-            return Ok(None);
+            return None;
         }
         if !config.mesh.enabled {
             self.start_leaving(config, answer);
-            return Ok(None);
+            return None;
         }
         let loaded = node_settings::load(&config).await;
         let secret = secrets::cluster_secret(&config.cluster.secret);
@@ -494,18 +494,21 @@ impl<'a> Node<'a> {
                 tracing::info!("the new configuration is of another cluster: leaving this one");
                 self.start_leaving(config, answer);
             }
-            (Ok(_), Ok(_)) if self.needs_restart(&config) => {
-                tracing::info!(
-                    "the new configuration changes interface or port: starting anew; routes fail closed meanwhile"
-                );
-                self.store_for_the_next_start();
-                let waiting = answer.into_iter().collect();
-                return Ok(Some(Ended::Left(Departure { config, waiting, is_clean: false })));
-            }
             (Ok(settings), Ok(_)) => {
-                if let Err(error) = self.choose_backend(&config).await? {
-                    respond(answer, Err(format!("{error:#}")));
-                    return Ok(None);
+                match self.needs_restart(&config).await {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        tracing::info!(
+                            "the new configuration changes interface, port or backend: starting anew; routes fail closed meanwhile"
+                        );
+                        self.store_for_the_next_start();
+                        let waiting = answer.into_iter().collect();
+                        return Some(Ended::Left(Departure { config, waiting, is_clean: false }));
+                    }
+                    Err(error) => {
+                        respond(answer, Err(format!("{error:#}")));
+                        return None;
+                    }
                 }
                 self.set_servers(node_settings::servers(&config));
                 self.host_name = settings.host_name.clone();
@@ -515,48 +518,14 @@ impl<'a> Node<'a> {
                 respond(answer, Ok(()));
             }
         }
-        Ok(None)
+        None
     }
 
-    /// Goes on with the backend that the configuration asks for. Members, sessions with servers and what is known of paths
-    /// stay; the peers' tunnels are made anew, with a greeting to those that were up. An inner error leaves all as it was.
-    async fn choose_backend(&mut self, config: &Config) -> anyhow::Result<anyhow::Result<()>> {
-        if config.mesh.backend == self.config.mesh.backend {
-            return Ok(Ok(()));
-        }
-        let peers = self.backend.peers();
-        let link_name = self.config.mesh.interface_name.as_str();
-        let place = Place { link_name, listen_port: self.config.mesh.listen_port, secret: self.state.wg() };
-        match self.backend.exchange(config.mesh.backend, &place).await {
-            Err(error) => return Ok(Err(error)),
-            Ok(opened) => match opened.context("neither backend can be opened any more")? {
-                Exchanged::Not => return Ok(Ok(())),
-                Exchanged::Anew => {}
-            },
-        }
-        tracing::info!(backend = self.backend.kind().name(), "packets are carried by another backend from now on");
-        self.host.set_link(self.backend.index(), self.config.mesh.listen_port);
-        self.link_lost = false;
-        for (key, spec) in peers {
-            self.backend.set_peer(key, spec);
-            if let Some(route) = self.agent.route_of(&key) {
-                self.backend.set_route(&key, route);
-            }
-        }
-        self.backend.publish().await;
-        self.agent.handle_device(self.backend.kind().capabilities(), clock::now());
-        // The link is bare: its settings and routes come with the steps that follow from this look.
-        if let Some(observed) = self.observe().await {
-            self.observed = observed.clone();
-            self.agent.handle_observed(observed, clock::now());
-        }
-        self.agent.handle_sessions_lost(clock::now());
-        Ok(Ok(()))
-    }
-
-    fn needs_restart(&self, config: &Config) -> bool {
+    /// Fails where a start with this configuration would.
+    async fn needs_restart(&mut self, config: &Config) -> anyhow::Result<bool> {
         let (now, new) = (&self.config.mesh, &config.mesh);
-        now.interface_name != new.interface_name || now.listen_port != new.listen_port
+        let is_backend_another = now.backend != new.backend && self.backend.needs_restart(new.backend).await?;
+        Ok(is_backend_another || now.interface_name != new.interface_name || now.listen_port != new.listen_port)
     }
 
     /// A session whose server is expected to hold another key from now on ends at once.

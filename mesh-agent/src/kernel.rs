@@ -161,7 +161,8 @@ fn not_raw(error: io::Error) -> KernelError {
 impl KernelDevice {
     /// Makes the link and takes the port. A link that this node left when it was killed is deleted first.
     pub async fn open(name: &str, port: u16, secret: &WgSecret) -> Result<Self, KernelError> {
-        let netlink = WgNetlink::open().map_err(|source| KernelError::Failed { what: "open generic netlink", source })?;
+        let netlink =
+            WgNetlink::open().map_err(|source| KernelError::Failed { what: "open generic netlink", source })?;
         let raw = RawSockets::open(port, FWMARK).map_err(not_raw)?;
         let proxy = Proxy::open(port).map_err(KernelError::NoLoopback)?;
         let extra = ExtraSockets::new(FWMARK);
@@ -495,9 +496,9 @@ impl KernelDevice {
             let ready: Vec<_> = self.extra.ready().collect();
             if ready.is_empty() {
                 // Nothing more: the next that comes wakes again.
-                let _empty = self.extra_ready.try_io(Interest::READABLE, |_| -> io::Result<()> {
-                    Err(io::ErrorKind::WouldBlock.into())
-                });
+                let _empty = self
+                    .extra_ready
+                    .try_io(Interest::READABLE, |_| -> io::Result<()> { Err(io::ErrorKind::WouldBlock.into()) });
                 break;
             }
             for (id, socket) in ready {
@@ -570,8 +571,8 @@ impl KernelDevice {
     }
 
     async fn take_look(&mut self, index: u32, device: DeviceState, now: Instant) {
-        let is_ours = (device.public_key, device.listen_port, device.fwmark)
-            == (Some(self.secret.public()), self.port, FWMARK);
+        let is_ours =
+            (device.public_key, device.listen_port, device.fwmark) == (Some(self.secret.public()), self.port, FWMARK);
         if !is_ours {
             tracing::warn!("somebody changed key, port or mark of the WireGuard link: setting them back");
             self.has_changed = true;
@@ -631,6 +632,9 @@ impl KernelDevice {
 
 impl fmt::Debug for KernelDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KernelDevice").field("link", &self.link).field("peers", &self.peers.len()).finish_non_exhaustive()
+        f.debug_struct("KernelDevice")
+            .field("link", &self.link)
+            .field("peers", &self.peers.len())
+            .finish_non_exhaustive()
     }
 }

@@ -3,9 +3,9 @@
 //! Every verdict comes from packets, from the kernel's own words about its links ([`wg`]) and from `/proc`. A check counts only
 //! if the links that it is about are of kind wireguard at that moment.
 
-pub mod nat;
 pub mod host;
 pub mod many;
+pub mod nat;
 pub mod report;
 pub mod wg;
 
@@ -24,10 +24,43 @@ pub const KERNEL: &str = "backend: kernel";
 pub const USERSPACE: &str = "backend: userspace";
 /// Kernel modules of the lab and of what it runs.
 pub const MODULES: &[&str] = &[
-    "virtio_rng", "wireguard", "tun", "veth", "bridge", "br_netfilter", "nf_tables", "nfnetlink", "nf_conntrack", "nf_conntrack_netlink",
-    "nf_nat", "nft_chain_nat", "nft_ct", "nft_nat", "nft_masq", "nft_fib", "nft_fib_ipv4", "nft_fib_ipv6", "nft_fib_inet", "nft_numgen", "nft_hash",
-    "nft_limit", "nft_reject", "nft_reject_inet", "nft_rt", "nft_exthdr", "dummy", "sch_tbf", "sch_ingress", "cls_bpf", "act_bpf", "inet_diag", "udp_diag",
-    "tcp_diag", "unix_diag", "af_packet_diag", "netlink_diag",
+    "virtio_rng",
+    "wireguard",
+    "tun",
+    "veth",
+    "bridge",
+    "br_netfilter",
+    "nf_tables",
+    "nfnetlink",
+    "nf_conntrack",
+    "nf_conntrack_netlink",
+    "nf_nat",
+    "nft_chain_nat",
+    "nft_ct",
+    "nft_nat",
+    "nft_masq",
+    "nft_fib",
+    "nft_fib_ipv4",
+    "nft_fib_ipv6",
+    "nft_fib_inet",
+    "nft_numgen",
+    "nft_hash",
+    "nft_limit",
+    "nft_reject",
+    "nft_reject_inet",
+    "nft_rt",
+    "nft_exthdr",
+    "dummy",
+    "sch_tbf",
+    "sch_ingress",
+    "cls_bpf",
+    "act_bpf",
+    "inet_diag",
+    "udp_diag",
+    "tcp_diag",
+    "unix_diag",
+    "af_packet_diag",
+    "netlink_diag",
 ];
 
 #[derive(Debug, Clone, Default)]

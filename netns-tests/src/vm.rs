@@ -40,8 +40,11 @@ pub fn run(job: &Job, line: impl FnMut(&str)) -> Result<()> {
     let kernel = kernel::Kernel::prepare(&dir, &tools)?;
     let programs = job.programs.iter().map(|file| Program::of(file)).collect::<Result<Vec<_>>>()?;
     let image = image::build(&dir, &tools, &kernel, &programs, job)?;
-    Machine { tools: &tools, kernel: &kernel.image, initramfs: &image, memory_mib: job.memory_mib }
-        .run(&dir.join("console.log"), job.within, line)
+    Machine { tools: &tools, kernel: &kernel.image, initramfs: &image, memory_mib: job.memory_mib }.run(
+        &dir.join("console.log"),
+        job.within,
+        line,
+    )
 }
 
 /// `target/kernel-vm` of whatever target directory this program was built into.

@@ -11,8 +11,8 @@ use super::scalar::{Reader, Section, Setting};
 use super::tree::{Node, Value, parse as parse_tree};
 use super::values::{ExpectedValue, parse_keepalive};
 use super::{
-    AgentSettings, BackendChoice, ClusterId, Config, DiscoveryServer, EndpointFilter, FilterEntry, InterfaceName, LogFormat, Mesh,
-    ProxyUrl, SecretSource, StaticPeer,
+    AgentSettings, BackendChoice, ClusterId, Config, DiscoveryServer, EndpointFilter, FilterEntry, InterfaceName,
+    LogFormat, Mesh, ProxyUrl, SecretSource, StaticPeer,
 };
 use crate::addr::check_prefix;
 use crate::host_name::HostName;

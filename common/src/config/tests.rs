@@ -127,7 +127,10 @@ fn each_mistake_gets_its_message() {
         (mesh("  enabled:"), "line 2, column 10: `mesh.enabled` is empty, write true or false"),
         (mesh("  mtu: 100"), "line 2, column 8: `mesh.mtu` is 100, write a number from 1280 to 9000"),
         (mesh("  listenPort: 0"), "line 2, column 15: `mesh.listenPort` is 0, write a number from 1 to 65535"),
-        (mesh("  backend: fast"), "line 2, column 12: `mesh.backend` is \"fast\", it must be auto, kernel or userspace"),
+        (
+            mesh("  backend: fast"),
+            "line 2, column 12: `mesh.backend` is \"fast\", it must be auto, kernel or userspace",
+        ),
         (mesh("  listenPort: 5 1"), "line 2, column 15: `mesh.listenPort` is \"5 1\", write a number from 1 to 65535"),
         (
             mesh("  hostName: Node.1"),

@@ -176,7 +176,8 @@ impl Peer {
             self.poke |= is_anew && is_used;
         }
         let endpoint = self.wanted_endpoint(now);
-        let keepalive = |spec: &PeerSpec| spec.keepalive.map_or(0, |time| u16::try_from(time.as_secs()).unwrap_or(u16::MAX));
+        let keepalive =
+            |spec: &PeerSpec| spec.keepalive.map_or(0, |time| u16::try_from(time.as_secs()).unwrap_or(u16::MAX));
         let wanted = &self.spec;
         let mut change = PeerChange { remove: is_anew, ..PeerChange::default() };
         match self.written.as_ref().filter(|_| !is_anew) {
@@ -261,7 +262,13 @@ impl Peer {
     }
 
     /// A datagram of the peer came over this path, which the kernel cannot see.
-    pub(super) fn take_incoming(&mut self, kind: WireGuardKind, length: usize, from: Endpoint, now: Instant) -> Entrance {
+    pub(super) fn take_incoming(
+        &mut self,
+        kind: WireGuardKind,
+        length: usize,
+        from: Endpoint,
+        now: Instant,
+    ) -> Entrance {
         self.proxied.received_bytes += length as u64;
         match kind {
             WireGuardKind::Initiation => self.initiated_from = Some(from),

@@ -86,7 +86,8 @@ impl RawSockets {
             loop {
                 let received = family.port.try_io(Interest::READABLE, |socket| {
                     let mut blocks = [IoSliceMut::new(&mut buffer)];
-                    let got = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut blocks, None, MsgFlags::MSG_DONTWAIT)?;
+                    let got =
+                        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut blocks, None, MsgFlags::MSG_DONTWAIT)?;
                     let source = got.address.and_then(|address| address.as_sockaddr_in6().map(|v6| v6.ip()));
                     Ok((got.bytes, source))
                 });

@@ -20,8 +20,8 @@ use mesh_proto::path::view::{CandidateView, PathView};
 use super::net::{FamilyStatus, NetStatus, Netcheck, Udp};
 use super::path::{AddressKind, Nat, NatStatus, PathStatus, SwitchStatus, Tier, TriedAddress};
 use super::{
-    API_VERSION, BackendStatus, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState, PrefixStatus, Problem,
-    ServerState, ServerStatus, Status,
+    API_VERSION, BackendStatus, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState,
+    PrefixStatus, Problem, ServerState, ServerStatus, Status,
 };
 use crate::backend::Backend;
 use crate::dataplane::EngineStats;

@@ -52,7 +52,8 @@ pub fn build(dir: &Path, tools: &Tools, kernel: &Kernel, programs: &[Program], j
     let mut modules = Vec::new();
     for module in kernel.load_order(job.modules)? {
         let name = module.file_name().context("a module has a name")?.to_string_lossy().into_owned();
-        fs::copy(&module, root.join("modules").join(&name)).with_context(|| format!("cannot copy {}", module.display()))?;
+        fs::copy(&module, root.join("modules").join(&name))
+            .with_context(|| format!("cannot copy {}", module.display()))?;
         modules.push(name);
     }
     for program in programs {

@@ -78,7 +78,10 @@ fn order(text: &str, wanted: &[&str]) -> Result<Vec<String>> {
             continue;
         };
         for module in needed.split_whitespace().rev().chain([path]) {
-            ensure!(!module.ends_with(".xz") && !module.ends_with(".zst"), "{module} is compressed: busybox cannot load it");
+            ensure!(
+                !module.ends_with(".xz") && !module.ends_with(".zst"),
+                "{module} is compressed: busybox cannot load it"
+            );
             if known.insert(module.to_owned()) {
                 ordered.push(module.to_owned());
             }
@@ -98,7 +101,10 @@ fn fetch(into: &Path) -> Result<PathBuf> {
     };
     eprintln!("fetching {package}");
     run(Command::new("apt-get").args(["download", "-qq", &package]).current_dir(into))?;
-    let file = fs::read_dir(into)?.flatten().map(|entry| entry.path()).find(|path| path.extension().is_some_and(|end| end == "deb"));
+    let file = fs::read_dir(into)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|end| end == "deb"));
     file.with_context(|| format!("apt-get download brought no {package}"))
 }
 

@@ -396,14 +396,6 @@ impl Agent {
         self.settle(now);
     }
 
-    /// The device was exchanged for another: it has no session yet, and peers do not know.
-    pub fn handle_sessions_lost(&mut self, now: Instant) {
-        for key in self.paths.keys().copied().collect::<Vec<_>>() {
-            self.with_path(&key, now, |path| path.handle_session_lost(now));
-        }
-        self.settle(now);
-    }
-
     pub fn handle_peer_report(&mut self, peer: &WgPublicKey, report: &PeerReport, now: Instant) {
         if matches!(report, PeerReport::Handshake { .. } | PeerReport::Roamed { .. }) {
             self.members.note_evidence(peer, now);

@@ -373,19 +373,6 @@ impl PathAgent {
         }
     }
 
-    /// The device was exchanged for another and the session is gone with it; the peer does not know. Traffic that flowed is
-    /// wanted still.
-    pub fn handle_session_lost(&mut self, now: Instant) {
-        let was_up = matches!(self.state(now), PathState::Up { .. });
-        self.last_handshake = None;
-        if was_up || self.attempt.is_some() {
-            self.attempt = None;
-            self.want(now);
-            self.events.push_back(PathEvent::StartHandshake);
-        }
-        self.settle(now);
-    }
-
     /// One handshake without waiting for a packet: after our restart, so that a peer with an old session finds us again.
     pub fn handle_wake(&mut self, _now: Instant) {
         self.events.push_back(PathEvent::StartHandshake);

@@ -156,7 +156,10 @@ fn a_handshake_that_is_wanted_is_forced_once_and_then_sent_again() {
     let mut kernel = Kernel::up(Endpoint::Direct(address(1)), address(1));
     assert_eq!(kernel.peer.start_handshake(at(1000)), None);
     let change = kernel.write(1000).unwrap();
-    assert!(change.remove && change.set && change.poke, "with a session the kernel would not begin another: {change:?}");
+    assert!(
+        change.remove && change.set && change.poke,
+        "with a session the kernel would not begin another: {change:?}"
+    );
     assert_eq!(change.endpoint, Some(proxy()));
     let asked = kernel.peer.take_outgoing(WireGuardKind::Initiation, &[1; 148], at(1010));
     assert_eq!(asked, Outgoing { to: Some(Endpoint::Direct(address(1))), is_demand: false });
@@ -217,7 +220,8 @@ fn traffic_is_counted_by_path_and_never_too_high() {
         kernel.peer.take_outgoing(WireGuardKind::Data, &[4; 100], at(10));
         kernel.peer.take_incoming(WireGuardKind::Data, 100, RELAY, at(10));
     }
-    let traffic = |path: Endpoint, sent, received| PeerReport::Traffic(vec![PathTraffic { endpoint: path, sent, received }]);
+    let traffic =
+        |path: Endpoint, sent, received| PeerReport::Traffic(vec![PathTraffic { endpoint: path, sent, received }]);
     (kernel.state.tx_bytes, kernel.state.rx_bytes) = (300, 300);
     assert_eq!(kernel.look(20), [traffic(RELAY, 3, 3)]);
     // Garbage of a relay: the kernel took none of it.

@@ -178,17 +178,6 @@ impl Pair {
         self
     }
 
-    /// The device of this side is exchanged for another: its session is gone, and only it knows.
-    pub(super) fn exchange_device(&mut self, at: usize, device: Capabilities) {
-        let now = self.now;
-        self.sides[at].has_session = false;
-        self.sides[at].proven = None;
-        self.sides[at].device = device;
-        self.sides[at].agent.handle_device(device, now);
-        self.sides[at].agent.handle_session_lost(now);
-        self.drain(at);
-    }
-
     pub(super) fn with_loss(mut self, percent: u64) -> Self {
         self.loss_percent = percent;
         self

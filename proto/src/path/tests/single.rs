@@ -62,23 +62,6 @@ fn without_a_relay_probes_find_the_address_that_initiations_then_go_to() {
 }
 
 #[test]
-fn an_exchanged_device_greets_the_peers_that_were_up_and_goes_on() {
-    for (before, after) in [(USERSPACE, KERNEL), (KERNEL, USERSPACE)] {
-        let mut pair = talking([Nat::Easy, Nat::Easy], [before, USERSPACE], 3);
-        pair.run_until(millis(5000), Pair::are_direct).unwrap();
-        pair.run_for(millis(2000));
-        // Nothing but the greeting brings the session back.
-        pair.send_every(0, None);
-        let exchanged = pair.now;
-        pair.exchange_device(0, after);
-        let heard = |pair: &Pair| pair.sides[0].arrivals.last().is_some_and(|at| *at > exchanged + millis(200));
-        assert!(pair.run_until(millis(1000), heard).is_some());
-        pair.run_for(millis(5000));
-        assert!(pair.are_direct());
-    }
-}
-
-#[test]
 fn a_device_that_is_not_told_so_is_given_routes_it_cannot_carry_out() {
     let mut pair = talking([Nat::Easy, Nat::Easy], [USERSPACE, USERSPACE], 1);
     let is_sent_twice = |pair: &Pair| pair.sides.iter().any(|side| side.agent.route().second.is_some());
