@@ -18,10 +18,12 @@ use mesh_common::time::Instant;
 use crate::device::{Action, Endpoint, Family, Observed, PeerReport, PeerRoute, Route, RouteKind, SocketId};
 use crate::discovery::client::Client;
 use crate::mesh::members::Members;
+use crate::mesh::path_table::PathTable;
 use crate::mesh::peer::Peer;
 use crate::mesh::settings::Settings;
 use crate::net::report::NetReport;
 use crate::path::agent::{PathAgent, PathEvent, PathPolicy, PathState};
+use crate::path::hard::Turn;
 use crate::random::SplitMix64;
 use crate::wire::session::SessionError;
 
@@ -156,8 +158,10 @@ pub struct Agent {
     synced_at: Option<Instant>,
     /// What stood on the host before the first step, without a member that accounts for it.
     orphan_floor: BTreeSet<Route>,
-    paths: BTreeMap<WgPublicKey, PathAgent>,
+    paths: PathTable,
     path_policy: PathPolicy,
+    /// Who of the paths may guess ports, and what the others were told.
+    guessing_turns: (Option<WgPublicKey>, Turn),
     probing: paths::Probing,
     /// Paths that had an input since they were last drained.
     stirred: BTreeSet<WgPublicKey>,
@@ -246,8 +250,9 @@ impl Agent {
             server_facts: BTreeMap::new(),
             synced_at: None,
             orphan_floor: BTreeSet::new(),
-            paths: BTreeMap::new(),
+            paths: PathTable::default(),
             path_policy: start.path_policy,
+            guessing_turns: (None, Turn::None),
             probing: paths::Probing::new(now),
             stirred: BTreeSet::new(),
             echoes: echo::Echoes::default(),
@@ -374,9 +379,10 @@ impl Agent {
         }
         if !self.applied_once && observed.link.is_some() {
             self.applied_once = true;
-            for (key, path) in self.paths.iter_mut().take(MAX_WAKES) {
-                self.stirred.insert(*key);
-                path.handle_wake(now);
+            let woken: Vec<WgPublicKey> = self.paths.keys().take(MAX_WAKES).copied().collect();
+            for key in woken {
+                self.stirred.insert(key);
+                self.paths.with(&key, |path| path.handle_wake(now));
             }
         }
         self.take_observed(observed, now);
@@ -443,9 +449,7 @@ impl Agent {
         for client in self.clients.values_mut() {
             client.handle_timeout(now);
         }
-        let is_due = |path: &PathAgent| path.poll_timeout().is_some_and(|(at, _)| at <= now);
-        let due: Vec<WgPublicKey> = self.paths.iter().filter(|(_, path)| is_due(path)).map(|(key, _)| *key).collect();
-        for key in due {
+        for key in self.paths.due(now) {
             self.with_path(&key, now, |path| path.handle_timeout(now));
         }
         self.net.handle_timeout(now);
@@ -479,8 +483,8 @@ impl Agent {
 
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
         let clients = self.clients.values().filter_map(Client::poll_timeout);
-        let paths = self.paths.values().filter_map(PathAgent::poll_timeout);
         let own = [
+            self.paths.poll_timeout(),
             self.due.map(|at| (at, "work out what new facts mean")),
             self.retry_at.map(|at| (at, "try failed steps again")),
             self.leaving
@@ -491,7 +495,7 @@ impl Agent {
             self.net.poll_timeout(),
             Some((self.next_tick, "compare desired and observed")),
         ];
-        clients.chain(paths).chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
+        clients.chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
     }
 }
 
@@ -516,10 +520,8 @@ impl Agent {
             for client in self.clients.values_mut() {
                 client.handle_network_changed(now);
             }
-            for (key, path) in &mut self.paths {
-                self.stirred.insert(*key);
-                path.handle_network_changed(now);
-            }
+            self.stirred.extend(self.paths.keys());
+            self.paths.with_each(|_, path| path.handle_network_changed(now));
         }
         self.work_out_at(now);
         self.settle(now);
@@ -546,8 +548,7 @@ impl Agent {
         self.send_probes(now);
         let mut has_silent_path = false;
         for key in std::mem::take(&mut self.stirred) {
-            let Some(path) = self.paths.get_mut(&key) else { continue };
-            while let Some(event) = path.poll_event() {
+            while let Some(event) = self.paths.poll_event(&key) {
                 match event {
                     PathEvent::Route(route) => self.events.push_back(AgentEvent::SetRoute(key, route)),
                     PathEvent::StartHandshake => self.events.push_back(AgentEvent::StartHandshake(key)),

@@ -128,7 +128,9 @@ impl Remotes {
     }
 
     pub fn kind_of(&self, at: SocketAddr) -> Option<RemoteKind> {
-        self.all().into_iter().find(|remote| remote.addr == at).map(|remote| remote.kind)
+        let told = self.called.iter().chain(&self.announced).find(|remote| remote.addr == at);
+        let is_observed = || self.observed.iter().any(|(addr, _)| *addr == at);
+        told.map(|remote| remote.kind).or_else(|| is_observed().then_some(RemoteKind::PeerReflexive))
     }
 }
 

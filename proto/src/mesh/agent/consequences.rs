@@ -8,6 +8,7 @@ use mesh_common::key::WgPublicKey;
 use mesh_common::limits::{FIRST_SNAPSHOT_WAIT, RECONCILE_INTERVAL};
 use mesh_common::time::Instant;
 
+use super::guessing::turn_of;
 use super::{Agent, AgentEvent, ORPHAN_FLOOR_WAIT, OwnClaim, RETRY_FAILED_STEPS, is_down};
 use crate::device::{Desired, Endpoint, Observed, PeerRoute};
 use crate::mesh::desired::Inputs;
@@ -114,10 +115,15 @@ impl Agent {
             self.preshared_keys
                 .entry((peer.key, peer.node))
                 .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
-            let path =
-                self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64(), self.path_policy));
-            path.handle_candidates(&peer.candidates, now);
-            path.handle_instance(peer.instance, now);
+            let is_new = self.paths.add(peer.key, || PathAgent::new(self.random.next_u64(), self.path_policy));
+            let turn = turn_of(&peer.key, self.guessing_turns);
+            self.paths.with(&peer.key, |path| {
+                if is_new {
+                    path.handle_guessing_turn(turn, now);
+                }
+                path.handle_candidates(&peer.candidates, now);
+                path.handle_instance(peer.instance, now);
+            });
         }
         self.sync_probing(now);
         let statics: BTreeMap<WgPublicKey, &StaticPeer> =

@@ -5,6 +5,7 @@
 //! it, its instance is the one of the peer's record and its counter is new.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -262,13 +263,13 @@ impl Agent {
         let nat = [self.net.report().v4.nat, self.net.report().v6.nat];
         for peer in &self.peers {
             let relays = self.relays_to(&peer.node);
-            let (Some(member), Some(path)) = (self.members.get(&peer.node), self.paths.get_mut(&peer.key)) else {
-                continue;
-            };
-            path.handle_own_candidates(&own, now);
-            path.handle_subnets(&subnets, now);
-            path.handle_nat(nat, [member.record.nat_v4, member.record.nat_v6], now);
-            path.handle_relays(&relays, now);
+            let Some(member) = self.members.get(&peer.node) else { continue };
+            self.paths.with(&peer.key, |path| {
+                path.handle_own_candidates(&own, now);
+                path.handle_subnets(&subnets, now);
+                path.handle_nat(nat, [member.record.nat_v4, member.record.nat_v6], now);
+                path.handle_relays(&relays, now);
+            });
             self.stirred.insert(peer.key);
         }
     }
@@ -289,7 +290,9 @@ impl Agent {
     pub(super) fn send_probes(&mut self, now: Instant) {
         self.probing.again_at = None;
         self.probing.pending.extend(&self.stirred);
-        for key in self.in_turns() {
+        let mut last = self.probing.last_served;
+        while let Some(key) = self.next_in_turn(last) {
+            last = Some(key);
             while let Some(transmit) = self.next_probe(&key) {
                 if let Some(at) = self.probing.budget.wait(now) {
                     self.probing.again_at = Some(at);
@@ -305,14 +308,13 @@ impl Agent {
     }
 
     fn next_probe(&mut self, peer: &WgPublicKey) -> Option<ProbeTransmit> {
-        self.probing.waiting.remove(peer).or_else(|| self.paths.get_mut(peer)?.poll_transmit())
+        self.probing.waiting.remove(peer).or_else(|| self.paths.poll_transmit(peer))
     }
 
-    fn in_turns(&self) -> Vec<WgPublicKey> {
-        let keys = self.probing.pending.iter().copied();
-        let Some(last) = self.probing.last_served else { return keys.collect() };
-        let (after, before): (Vec<_>, Vec<_>) = keys.partition(|key| *key > last);
-        after.into_iter().chain(before).collect()
+    fn next_in_turn(&self, last: Option<WgPublicKey>) -> Option<WgPublicKey> {
+        let pending = &self.probing.pending;
+        let after = last.and_then(|last| pending.range((Bound::Excluded(last), Bound::Unbounded)).next());
+        after.or_else(|| pending.first()).copied()
     }
 
     pub(super) fn send_probe(&mut self, peer: &WgPublicKey, transmit: ProbeTransmit, now: Instant) {
@@ -352,11 +354,14 @@ impl Agent {
 
     /// One input to a path, and the log line where it changes what the path is.
     pub(super) fn with_path(&mut self, peer: &WgPublicKey, now: Instant, input: impl FnOnce(&mut PathAgent)) {
-        let Some(path) = self.paths.get_mut(peer) else { return };
+        let judged = |path: &PathAgent| (path.state(now), path.mtu(), path.tunnel_generation());
+        let judged = self.paths.with(peer, |path| {
+            let before = judged(path);
+            input(path);
+            (before, judged(path))
+        });
+        let Some(((state_before, mtu_before, tunnel_before), (state, mtu, tunnel))) = judged else { return };
         self.stirred.insert(*peer);
-        let (state_before, mtu_before, tunnel_before) = (path.state(now), path.mtu(), path.tunnel_generation());
-        input(path);
-        let (state, mtu, tunnel) = (path.state(now), path.mtu(), path.tunnel_generation());
         if state != state_before {
             self.log_path(peer, state);
         }
