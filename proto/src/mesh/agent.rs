@@ -190,6 +190,8 @@ pub struct Agent {
     retry_at: Option<Instant>,
     /// When what follows from new facts is to be worked out.
     due: Option<Instant>,
+    /// The same for facts about the host and the paths alone: no member is judged anew for them.
+    reconcile_due: Option<Instant>,
     next_tick: Instant,
     leaving: Option<Leaving>,
     clone_seen: bool,
@@ -273,6 +275,7 @@ impl Agent {
             retry_pause: RETRY_FAILED_STEPS,
             retry_at: None,
             due: Some(now),
+            reconcile_due: None,
             next_tick: now + RECONCILE_INTERVAL,
             leaving: None,
             clone_seen: false,
@@ -373,6 +376,7 @@ impl Agent {
         for (action, error) in failures {
             if let (Action::LoosenRpFilter { link }, true) = (&action, error.not_permitted) {
                 self.rp_filter_denied.insert(link.clone());
+                self.work_out_at(now);
             }
             tracing::warn!(error = %error.text, "a step on this host failed: {}", view::step(&action));
             self.failed.insert(view::step(&action), error.text);
@@ -467,7 +471,7 @@ impl Agent {
         }
         if self.retry_at.is_some_and(|at| now >= at) {
             self.retry_at = None;
-            self.work_out_at(now);
+            self.reconcile_at(now);
         }
         self.settle(now);
     }
@@ -486,6 +490,7 @@ impl Agent {
         let own = [
             self.paths.poll_timeout(),
             self.due.map(|at| (at, "work out what new facts mean")),
+            self.reconcile_due.map(|at| (at, "take the host to where it should be")),
             self.retry_at.map(|at| (at, "try failed steps again")),
             self.leaving
                 .and_then(|leaving| leaving.give_up_at)
@@ -506,6 +511,7 @@ impl Agent {
             let real = host.underlay.iter().filter(|link| link.virtual_kind.is_none() && !link.addresses.is_empty());
             real.map(|link| (link.name.clone(), link.addresses.clone())).collect()
         };
+        let is_elsewhere = self.observed.as_ref().is_none_or(|before| before.underlay != observed.underlay);
         let moved = self.observed.as_ref().is_some_and(|before| addresses(before) != addresses(&observed));
         if self.observed.is_none() && !self.clients.is_empty() && !self.settings.allow_down_peer_bypass {
             let floor = observed.routes.iter().filter(|route| route.kind == RouteKind::Unreachable);
@@ -523,7 +529,11 @@ impl Agent {
             self.stirred.extend(self.paths.keys());
             self.paths.with_each(|_, path| path.handle_network_changed(now));
         }
-        self.work_out_at(now);
+        if is_elsewhere {
+            self.work_out_at(now);
+        } else {
+            self.reconcile_at(now);
+        }
         self.settle(now);
     }
 
@@ -532,9 +542,12 @@ impl Agent {
         self.drain_clients(now);
         self.drain_net(now);
         if self.due.is_some_and(|due| due <= now) {
-            self.due = None;
+            (self.due, self.reconcile_due) = (None, None);
             self.work_out(now);
             self.drain_clients(now);
+        } else if self.reconcile_due.is_some_and(|due| due <= now) {
+            self.reconcile_due = None;
+            self.reconcile(now);
         }
         self.drain_paths(now);
         self.finish_leaving(now);
@@ -582,7 +595,7 @@ impl Agent {
         let connected = self.connected();
         let is_heard = !connected.is_empty() || self.clients.is_empty();
         let is_farewell_done = !is_farewell_due || is_heard && self.publisher.is_stored_by(&connected);
-        let is_clean = !self.applying && self.retry_at.is_none() && self.due.is_none();
+        let is_clean = !self.applying && self.retry_at.is_none() && self.due.or(self.reconcile_due).is_none();
         if is_farewell_done && is_clean {
             self.disconnect_servers(now);
             self.leaving = Some(Leaving { give_up_at: None, said: true, stopped: true });
@@ -596,6 +609,10 @@ impl Agent {
 
     fn work_out_at(&mut self, at: Instant) {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
+    }
+
+    fn reconcile_at(&mut self, at: Instant) {
+        self.reconcile_due = Some(self.reconcile_due.map_or(at, |due| due.min(at)));
     }
 
     fn unix_ms(&self, now: Instant) -> u64 {

@@ -42,8 +42,10 @@ pub enum Admission {
     },
     /// The frame that is already known.
     Known,
-    /// The known frame, from a server that did not list its node before.
-    Listed,
+    /// The known frame, from a server that did not list its node before; `is_first` when no server did.
+    Listed {
+        is_first: bool,
+    },
     Left,
     /// A frame of our own identity with a number above all that we have used: somebody else made it.
     OwnIdentity {
@@ -138,9 +140,10 @@ impl Members {
         now: Instant,
     ) -> Result<(NodeId, Admission), Rejection> {
         let (node, admission) = self.admit(bytes, now)?;
-        let is_newly_listed = self.members.get_mut(&node).is_some_and(|member| member.listed_by.insert(server));
-        let is_news = admission == Admission::Known && is_newly_listed;
-        Ok((node, if is_news { Admission::Listed } else { admission }))
+        let Some(member) = self.members.get_mut(&node) else { return Ok((node, admission)) };
+        let is_first = member.listed_by.is_empty();
+        let is_news = member.listed_by.insert(server) && admission == Admission::Known;
+        Ok((node, if is_news { Admission::Listed { is_first } } else { admission }))
     }
 
     /// The whole listing of one server; members it does not list keep standing. Whether it changed who lists whom.

@@ -18,7 +18,7 @@ use crate::mesh::settings::StaticPeer;
 use crate::path::agent::PathAgent;
 
 impl Agent {
-    /// From facts to consequences: peers, paths, desired state, steps, our own record.
+    /// From all facts to all consequences: peers, paths, desired state, steps, our own record.
     pub(super) fn work_out(&mut self, now: Instant) {
         if self.leaving.is_none() {
             self.resolve_overlay_v4(now);
@@ -26,9 +26,14 @@ impl Agent {
             self.store_announced_if_contested(now);
             self.sync_paths(now);
         }
+        self.reconcile(now);
+        self.publish_if_changed(now);
+    }
+
+    /// From peers, paths and what is on the host to the steps that it still needs.
+    pub(super) fn reconcile(&mut self, now: Instant) {
         self.down = self.paths.iter().filter(|(_, path)| is_down(path.state(now))).map(|(key, _)| *key).collect();
         if self.applying || self.retry_at.is_some() {
-            self.publish_if_changed(now);
             return;
         }
         let desired = match &self.observed {
@@ -54,7 +59,6 @@ impl Agent {
             self.applying = true;
             self.events.push_back(AgentEvent::Apply(steps));
         }
-        self.publish_if_changed(now);
     }
 
     fn desired(&self, observed: &Observed) -> Desired {

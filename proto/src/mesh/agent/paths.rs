@@ -234,7 +234,13 @@ impl Agent {
         let peers: BTreeMap<WgPublicKey, (NodeId, [u8; 16])> =
             self.peers.iter().map(|peer| (peer.key, (peer.node, peer.instance))).collect();
         let probing = &mut self.probing;
-        probing.links.retain(|key, link| peers.get(key).is_some_and(|(node, _)| *node == link.node));
+        probing.links.retain(|key, link| {
+            let is_kept = peers.get(key).is_some_and(|(node, _)| *node == link.node);
+            if !is_kept {
+                probing.by_tag.remove(&link.keys.receive.tag);
+            }
+            is_kept
+        });
         for (key, (node, instance)) in &peers {
             match probing.links.get_mut(key) {
                 Some(link) if link.instance == *instance => {}
@@ -248,11 +254,11 @@ impl Agent {
                     let Some(keys) = self.keys.probe_keys((own, &self.wg), (*node, *key)) else { continue };
                     let window = ReplayWindow::default();
                     let link = Link { node: *node, keys, sent: 0, instance: *instance, window, offered: None };
+                    probing.by_tag.insert(link.keys.receive.tag, *key);
                     probing.links.insert(*key, link);
                 }
             }
         }
-        probing.by_tag = probing.links.iter().map(|(key, link)| (link.keys.receive.tag, *key)).collect();
         self.sync_relays(now);
     }
 
@@ -271,6 +277,15 @@ impl Agent {
                 path.handle_relays(&relays, now);
             });
             self.stirred.insert(peer.key);
+        }
+    }
+
+    /// Tells the path to this node which relays reach it now.
+    pub(super) fn sync_relays_to(&mut self, node: &NodeId, now: Instant) {
+        let Some(key) = self.members.get(node).map(|member| member.record.wg_key) else { return };
+        let relays = self.relays_to(node);
+        if self.paths.with(&key, |path| path.handle_relays(&relays, now)).is_some() {
+            self.stirred.insert(key);
         }
     }
 
@@ -366,9 +381,9 @@ impl Agent {
             self.log_path(peer, state);
         }
         if is_down(state) != self.down.contains(peer) || tunnel != tunnel_before {
-            self.work_out_at(now);
+            self.reconcile_at(now);
         } else if mtu != mtu_before {
-            self.work_out_at(now + MTU_SETTLE);
+            self.reconcile_at(now + MTU_SETTLE);
         }
     }
 }
