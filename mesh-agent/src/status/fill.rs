@@ -65,6 +65,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
             public_key: view.wg_public.to_string(),
             overlay_v4: view.overlay_v4,
             overlay_v6: Some(view.overlay_v6),
+            listen_port: view.listen_port,
             state,
             namespace: Some(view.namespace.to_string()),
             problems,
@@ -79,7 +80,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
 
 /// How the network looks from here; complete when no answer is awaited any more.
 pub fn netcheck(facts: &Facts<'_>, is_complete: bool) -> Netcheck {
-    Netcheck { is_complete, listen_port: facts.config.mesh.listen_port, net: net(facts.view), servers: servers(facts) }
+    Netcheck { is_complete, listen_port: facts.view.listen_port, net: net(facts.view), servers: servers(facts) }
 }
 
 /// The mesh is off.

@@ -56,6 +56,7 @@ pub(crate) fn status() -> Status {
         wg_public: WgPublicKey([5; 32]),
         overlay_v6: "fd00::1".parse().unwrap(),
         overlay_v4: None,
+        listen_port: 51872,
         published_seq: None,
         servers: vec![ServerView {
             name: "disc.example:443".to_owned(),

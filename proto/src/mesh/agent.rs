@@ -30,6 +30,7 @@ mod echo;
 mod guessing;
 mod net;
 mod paths;
+mod port;
 mod publish;
 mod sessions;
 #[cfg(test)]
@@ -130,6 +131,9 @@ pub enum AgentEvent {
         rtt: Duration,
     },
     StartHandshake(WgPublicKey),
+    /// Keep this UDP port in the place of the configured one and start anew with it; [`Agent::handle_port_taken`] when this
+    /// host has no such port to give.
+    MovePort(u16),
     /// Carry out these steps in order, then call `handle_applied`.
     Apply(Vec<Action>),
     /// The farewell is said and the host is clean: the machine has nothing left to do.
@@ -176,6 +180,7 @@ pub struct Agent {
     /// What the shell was last asked to store of it in this run, and when.
     stored_prefixes: Option<(BTreeMap<IpNet, u64>, Instant)>,
     publisher: publish::Publisher,
+    port_move: port::PortMove,
     rp_filter_denied: BTreeSet<String>,
     /// Steps are with the shell.
     applying: bool,
@@ -260,6 +265,7 @@ impl Agent {
             last_run_prefixes: start.announced.held_at(start.unix_ms),
             stored_prefixes: None,
             publisher: publish::Publisher::new(start.last_seq, start.claim),
+            port_move: port::PortMove::default(),
             rp_filter_denied: BTreeSet::new(),
             applying: false,
             last_steps: None,

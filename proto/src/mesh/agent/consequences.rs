@@ -24,6 +24,7 @@ impl Agent {
             self.peers = self.judge_peers(now);
             self.store_announced_if_contested(now);
             self.sync_paths(now);
+            self.move_from_shared_port(now);
         }
         self.down = self.paths.iter().filter(|(_, path)| is_down(path.state(now))).map(|(key, _)| *key).collect();
         if self.applying || self.retry_at.is_some() {
@@ -168,7 +169,7 @@ impl Agent {
         self.synced_at.is_some() || self.clients.is_empty() || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
     }
 
-    fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
+    pub(super) fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
         let claim = self.publisher.claim?;
         Some((claim.addr, Claim { claimed_at_ms: claim.claimed_at_ms, node: self.identity.node_id() }))
     }
