@@ -327,12 +327,15 @@ fn prefix_status(prefix: ipnet::IpNet, verdict: &Verdict) -> PrefixStatus {
     PrefixStatus { prefix, state, detail }
 }
 
-/// Names are stable: `drop_*` for packets, `record_refused_*` for records.
+/// Names are stable: `drop_*` for packets, `record_refused: *` for records, `probe_*` and `relayed_*` for probes and what came
+/// through relays.
 fn counters(facts: &Facts<'_>) -> BTreeMap<String, u64> {
     let drops = facts.engine.drops.iter().map(|(name, count)| (format!("drop_{name}"), *count));
     let refused = facts.view.rejected.iter().map(|(why, count)| (format!("record_refused: {why}"), *count));
+    let probes = facts.view.dropped_probes.iter().map(|(why, count)| (why.clone(), *count));
     let malformed = ("session_messages_malformed".to_owned(), facts.view.malformed);
-    drops.chain(refused).chain([malformed]).collect()
+    let stun = ("stun_rejected".to_owned(), facts.view.stun_rejected);
+    drops.chain(refused).chain(probes).chain([malformed, stun]).collect()
 }
 
 fn micros(duration: Duration) -> u64 {

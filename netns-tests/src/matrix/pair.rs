@@ -103,10 +103,22 @@ impl Bench {
         self.place(&kinds, &places)?;
         self.start(2)?;
         if let Pair::SameNat(_) = pair {
-            self.wait_until_idle(2)?;
-            self.wait_for_own_ports([0, 1])?;
+            self.start_again_on_own_ports(2, [0, 1])?;
         }
         self.wait_until_idle(2)
+    }
+
+    /// Of two nodes behind one router one has started anew on another port, and greeted the rest: starts the first `nodes` once
+    /// more as strangers, on the ports that they have by then, and gives those of the two.
+    pub fn start_again_on_own_ports(&mut self, nodes: usize, sharing: [usize; 2]) -> Result<[u16; 2]> {
+        let ports = self.wait_for_own_ports(sharing)?;
+        let secret = config::new_secret()?;
+        for node in self.nodes.iter_mut().take(nodes) {
+            node.stop()?;
+            node.forget_members(&secret)?;
+        }
+        self.nodes.iter_mut().take(nodes).try_for_each(Node::start)?;
+        Ok(ports)
     }
 
     /// Until two nodes behind one router have moved to different ports; gives them.

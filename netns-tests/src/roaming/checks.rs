@@ -120,8 +120,7 @@ pub fn relay_restart(bench: &mut Bench) -> Result<Outcome> {
 pub fn same_port_behind_one_nat(bench: &mut Bench) -> Result<Outcome> {
     bench.place(&[Kind::EimApdf, Kind::EimApdf], &[LEFT, RIGHT, SECOND])?;
     bench.start(3)?;
-    bench.wait_until_idle(3)?;
-    let moved = bench.wait_for_own_ports([0, 2])?;
+    let moved = bench.start_again_on_own_ports(3, [0, 2])?;
     bench.wait_until_idle(3)?;
     let mut outcome = Outcome { gap: Duration::ZERO, bound: DIRECT_P95, lost: 0 };
     for (node, place) in [(0, LEFT), (2, SECOND)] {

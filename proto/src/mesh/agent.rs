@@ -38,6 +38,7 @@ mod tests;
 mod view;
 
 pub use echo::{EchoError, EchoId, Via};
+pub use paths::Dropped;
 pub use publish::{Announced, OwnClaim};
 pub use view::{PeerView, ServerView, View};
 

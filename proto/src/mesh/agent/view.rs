@@ -103,7 +103,7 @@ impl Agent {
             rp_filter_denied: self.rp_filter_denied.iter().cloned().collect(),
             clone_seen: self.clone_seen,
             rejected: self.members.rejected().iter().map(|(why, count)| (why.to_string(), *count)).collect(),
-            dropped_probes: self.probing.dropped().iter().map(|(why, count)| (why.to_string(), *count)).collect(),
+            dropped_probes: self.probing.dropped().map(|(why, count)| (why.to_string(), count)).collect(),
             malformed: self.clients.values().map(|client| client.malformed()).sum(),
         }
     }
