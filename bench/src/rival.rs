@@ -1,7 +1,6 @@
 //! The rivals: other implementations of WireGuard in user space, how each is found, started and asked for its version.
 
 use std::{
-    ffi::OsString,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -127,17 +126,17 @@ impl std::str::FromStr for Rival {
 
 /// Where `rivals.sh` puts them, then PATH.
 pub fn installed(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_else(OsString::new);
-    let own = target_dir().map(|target| target.join("rivals/bin"));
-    own.into_iter().chain(std::env::split_paths(&path)).map(|dir| dir.join(program)).find(|path| path.is_file())
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let own = target_dirs().into_iter().map(|target| target.join("rivals/bin"));
+    own.chain(std::env::split_paths(&path)).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
-/// Of this program (`TARGET/PROFILE/mesh-bench`), else of the workspace.
-fn target_dir() -> Option<PathBuf> {
-    let program = std::env::current_exe().ok()?;
-    let of_program = program.ancestors().skip(1).find(|dir| dir.join("CACHEDIR.TAG").exists());
-    let of_workspace = || Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(|workspace| workspace.join("target"));
-    of_program.map(Path::to_owned).or_else(of_workspace)
+/// The target directory that this program was built into (`TARGET/PROFILE/mesh-bench`, tests one deeper), and the
+/// workspace's own.
+fn target_dirs() -> Vec<PathBuf> {
+    let program = std::env::current_exe().unwrap_or_default();
+    let of_program = program.ancestors().skip(2).take(2).map(Path::to_owned);
+    of_program.chain([Path::new(env!("CARGO_MANIFEST_DIR")).join("../target")]).collect()
 }
 
 /// Fails when one of the names is not among the contenders.

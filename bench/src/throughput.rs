@@ -228,7 +228,7 @@ impl<'a> Run<'a> {
             self.progress.set_message(format!("{label} · {step}"));
             let measuring = Measuring { bed: &bed, running: &running, seconds: self.seconds, before: &before, tries };
             let done = measuring.step(*step, figures);
-            let done = running.explain(done.and_then(|()| Ok(()))).with_context(|| step.to_string());
+            let done = running.explain(done).with_context(|| step.to_string());
             self.progress.inc(1);
             if let Err(error) = done.and(running.check()) {
                 failed = Some(error);
@@ -305,7 +305,7 @@ impl Report {
 }
 
 /// One line on a terminal, nothing elsewhere.
-fn progress(length: u64) -> ProgressBar {
+pub(crate) fn progress(length: u64) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
