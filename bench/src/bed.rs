@@ -50,11 +50,18 @@ pub struct Bed {
 
 impl Bed {
     pub fn new(program: &Path, underlay: Underlay) -> Result<Self> {
+        Self::joined(program, |_, left, right| {
+            connect(left, LINK, right, LINK)?;
+            [left, right].into_iter().try_for_each(|host| underlay::set(host, LINK, underlay))
+        })
+    }
+
+    /// Joins the two hosts by a wire of the caller's, whose ends have to be called [`LINK`].
+    pub fn joined(program: &Path, join: impl FnOnce(&mut Lab, &Host, &Host) -> Result<()>) -> Result<Self> {
         let mut lab = Lab::new()?;
         let (left, right) = (lab.host("left")?, lab.host("right")?);
-        connect(&left, LINK, &right, LINK)?;
+        join(&mut lab, &left, &right)?;
         let [left, right] = [(left, 1), (right, 2)].map(|(host, number)| -> Result<End> {
-            underlay::set(&host, LINK, underlay)?;
             let address = Ipv4Addr::new(10, 0, 0, number).into();
             host.add_address(LINK, IpNet::new(address, 24)?)?;
             let generator = Generator::start(&host, program, lab.dir())?;

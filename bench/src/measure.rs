@@ -24,8 +24,8 @@ use search::{Search, Verdict};
 /// Streams while round trips are measured.
 const LOAD_STREAMS: usize = 4;
 const PING_EVERY: Duration = Duration::from_millis(5);
-/// Shortest measurement of an idle round trip: percentiles want answers.
-const IDLE_AT_LEAST: f64 = 0.5;
+/// Shortest and longest measurement of an idle round trip: percentiles want answers, but no more of them.
+const IDLE: [f64; 2] = [0.5, 2.0];
 /// One try of a rate takes this part of a measurement.
 const TRY_OF: f64 = 0.25;
 const TRY_AT_LEAST: f64 = 0.2;
@@ -199,7 +199,7 @@ impl Measuring<'_> {
     }
 
     fn rtt(&self, figures: &mut Figures) -> Result<()> {
-        let idle = self.pings(self.seconds.min(2.0).max(IDLE_AT_LEAST))?;
+        let idle = self.pings(self.seconds.clamp(IDLE[0], IDLE[1]))?;
         figures.insert(Metric::RttIdleP50, micros(&idle, 50)?);
         figures.insert(Metric::RttIdleP99, micros(&idle, 99)?);
         let right = self.running.right;
