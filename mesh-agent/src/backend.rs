@@ -1,6 +1,6 @@
 //! What carries the packets: this process, or the kernel's WireGuard. The event loop drives either by the same calls.
 //!
-//! Owns the choice between them, and says it: [`Backend::kind`] and the reason are shown in `status`.
+//! Owns the choice between them, and says it: [`Backend::status`] is shown in `status`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,6 +19,7 @@ use crate::clock;
 use crate::dataplane::{BoringTunnels, ControlDatagram, Engine, EngineStats, Tun, UdpSockets};
 use crate::device::remove_leftover;
 use crate::kernel::{self, KernelDevice, KernelError};
+use crate::status::BackendStatus;
 
 const MUST_BE_KERNEL: &str = "mesh.backend is kernel; auto or userspace would do without";
 
@@ -47,7 +48,7 @@ impl BackendKind {
 }
 
 /// Where a backend is to be opened.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
     pub link_name: &'a str,
     pub listen_port: u16,
@@ -125,8 +126,8 @@ impl Backend {
         }
     }
 
-    pub fn why_not_kernel(&self) -> Option<&str> {
-        self.why_not_kernel.as_deref()
+    pub fn status(&self) -> BackendStatus {
+        BackendStatus { kind: self.kind(), why_not_kernel: self.why_not_kernel.clone() }
     }
 
     /// The link's index, while it is known to be there.

@@ -8,13 +8,15 @@ use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use mesh_common::config::Config;
+use mesh_common::config::{BackendChoice, Config};
 use mesh_common::host_name::HostName;
 use mesh_common::id::ServerId;
 use mesh_common::key::ClusterSecret;
+use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Endpoint, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
+use mesh_proto::mesh::settings::Settings;
 use mesh_proto::path::agent::PathPolicy;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use zeroize::Zeroizing;
@@ -22,6 +24,7 @@ use zeroize::Zeroizing;
 use crate::api::ApiRequest;
 use crate::backend::{Backend, Place};
 use crate::clock;
+use crate::dataplane::UdpSockets;
 use crate::device::{ApplyError, HostDevice, HostWatch, ObserveError};
 use crate::io::carriers::{CarrierEvent, Carriers};
 use crate::io::session::{Dialer, ServerAddress};
@@ -61,6 +64,8 @@ pub struct Node<'a> {
     secret: ClusterSecret,
     servers: Vec<ServerAddress>,
     host_name: HostName,
+    /// The configured one, or the one that this node moved to.
+    listen_port: u16,
     agent: Agent,
     backend: Backend,
     host: HostDevice,
@@ -99,6 +104,13 @@ pub struct Departure {
     pub is_clean: bool,
 }
 
+/// Why a run of the node is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Done {
+    Left { is_clean: bool },
+    MovedPort,
+}
+
 /// A departure under way, and who waits for it.
 struct Leaving {
     config: Box<Config>,
@@ -109,12 +121,11 @@ struct Leaving {
 impl<'a> Node<'a> {
     /// Opens everything a node needs; fails with what is missing before anything is announced.
     pub async fn start(config: Config, state: &'a mut State) -> anyhow::Result<Self> {
-        let settings = node_settings::load(&config).await?;
+        let mut settings = node_settings::load(&config).await?;
         let host_name = settings.host_name.clone();
         let secret = secrets::cluster_secret(&config.cluster.secret)?;
         let mut host = HostDevice::new(&settings.link_name, state.dir())?;
-        let place = Place { link_name: &settings.link_name, listen_port: settings.listen_port, secret: state.wg() };
-        let backend = Backend::open(config.mesh.backend, &place).await?;
+        let backend = open_backend(config.mesh.backend, &mut settings, state).await?;
         host.set_link(backend.index(), settings.listen_port);
         let watch = HostWatch::start().context("cannot watch the host's network by netlink")?;
         let carriers = Carriers::new(Dialer::new().context("cannot open sockets for discovery servers")?);
@@ -137,6 +148,7 @@ impl<'a> Node<'a> {
             marks: state.load_marks()?,
             frames: state.load_frames()?,
         };
+        let listen_port = settings.listen_port;
         let mut agent = Agent::new(settings, start, clock::now());
         agent.handle_device(backend.kind().capabilities(), clock::now());
         if let Err(error) = device::mark(state.dir()) {
@@ -149,7 +161,7 @@ impl<'a> Node<'a> {
             node = %agent.node_id().short(),
             overlay_v6 = %agent.overlay_v6(),
             interface = %config.mesh.interface_name.as_str(),
-            port = config.mesh.listen_port,
+            port = listen_port,
             backend = backend.kind().name(),
             cached_members = agent.members().iter().count(),
             "mesh is on"
@@ -157,6 +169,7 @@ impl<'a> Node<'a> {
         Ok(Self {
             servers: node_settings::servers(&config),
             host_name,
+            listen_port,
             config,
             secret,
             agent,
@@ -184,8 +197,13 @@ impl<'a> Node<'a> {
         let mut tunnels = interval(TUNNEL_TICK);
         tunnels.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if let Some(is_clean) = self.drain(services).await {
-                return Ok(self.leave(is_clean));
+            match self.drain(services).await {
+                Some(Done::Left { is_clean }) => return Ok(self.leave(is_clean)),
+                Some(Done::MovedPort) => {
+                    let config = Box::new(self.config.clone());
+                    return Ok(self.start_anew(config, Vec::new()));
+                }
+                None => {}
             }
             if !self.backend.is_running() {
                 bail!("a thread of the data plane died, which is a bug: the log above says where");
@@ -233,18 +251,19 @@ impl<'a> Node<'a> {
             .unwrap_or_else(|| (clock::now() + Duration::from_secs(3600), "nothing is due"))
     }
 
-    /// Does all that is due and all that the machine asks for. `Some` when the node has left: whether the host is clean.
-    async fn drain(&mut self, services: &mut Services) -> Option<bool> {
+    /// Does all that is due and all that the machine asks for. `Some` when that ends this run of the node.
+    async fn drain(&mut self, services: &mut Services) -> Option<Done> {
         loop {
             while let Some((server, message)) = self.agent.poll_transmit() {
                 self.carriers.send(server, message);
             }
             let now = clock::now();
             if let Some(event) = self.agent.poll_event() {
-                if event == AgentEvent::Stopped {
-                    return Some(true);
+                match event {
+                    AgentEvent::Stopped => return Some(Done::Left { is_clean: true }),
+                    AgentEvent::MovePort(port) if self.move_port(port) => return Some(Done::MovedPort),
+                    other => self.carry_out(other).await,
                 }
-                self.carry_out(event).await;
             } else if self.observe_at.is_some_and(|at| now >= at) || self.is_link_newly_lost() {
                 self.observe_at = None;
                 if let Some(observed) = self.observe().await {
@@ -256,7 +275,7 @@ impl<'a> Node<'a> {
                 self.store_members();
             } else if self.leaving.as_ref().is_some_and(|leaving| now >= leaving.give_up_at) {
                 tracing::warn!("the departure is not complete: run `mesh-agent cleanup` for what is left on this host");
-                return Some(false);
+                return Some(Done::Left { is_clean: false });
             } else {
                 break;
             }
@@ -312,8 +331,29 @@ impl<'a> Node<'a> {
                 }
             }
             AgentEvent::Apply(steps) => self.apply(steps).await,
-            AgentEvent::Stopped => {}
+            AgentEvent::Stopped | AgentEvent::MovePort(_) => {}
         }
+    }
+
+    /// Whether the port is kept and a new start would have it. The configured one stays the one that peers without an agent
+    /// and port forwardings are told, so the log names it.
+    fn move_port(&mut self, port: u16) -> bool {
+        if let Err(error) = UdpSockets::bind(port, FWMARK) {
+            tracing::debug!(%error, "this host has another use for the port");
+            self.agent.handle_port_taken(port, clock::now());
+            return false;
+        }
+        let configured = self.config.mesh.listen_port;
+        let written = self.state.set_moved_port(configured, port);
+        if !self.note_written(written) {
+            // Without a memory of it the next start would be back on the shared port, and move again.
+            return false;
+        }
+        tracing::warn!(
+            "another node behind the same NAT has UDP port {configured}: this one starts anew on port {port} and keeps it; \
+             set mesh.listenPort to choose one yourself"
+        );
+        true
     }
 
     async fn apply(&mut self, steps: Vec<Action>) {
@@ -494,22 +534,21 @@ impl<'a> Node<'a> {
                 tracing::info!("the new configuration is of another cluster: leaving this one");
                 self.start_leaving(config, answer);
             }
-            (Ok(settings), Ok(_)) => {
+            (Ok(mut settings), Ok(_)) => {
                 match self.needs_restart(&config).await {
                     Ok(false) => {}
                     Ok(true) => {
                         tracing::info!(
                             "the new configuration changes interface, port or backend: starting anew; routes fail closed meanwhile"
                         );
-                        self.store_for_the_next_start();
-                        let waiting = answer.into_iter().collect();
-                        return Some(Ended::Left(Departure { config, waiting, is_clean: false }));
+                        return Some(self.start_anew(config, answer.into_iter().collect()));
                     }
                     Err(error) => {
                         respond(answer, Err(format!("{error:#}")));
                         return None;
                     }
                 }
+                settings.listen_port = self.listen_port;
                 self.set_servers(node_settings::servers(&config));
                 self.host_name = settings.host_name.clone();
                 self.config = *config;
@@ -519,6 +558,12 @@ impl<'a> Node<'a> {
             }
         }
         None
+    }
+
+    /// Ends this run of the node for one with other sockets or another link.
+    fn start_anew(&mut self, config: Box<Config>, waiting: Vec<Answer>) -> Ended {
+        self.store_for_the_next_start();
+        Ended::Left(Departure { config, waiting, is_clean: false })
     }
 
     /// Fails where a start with this configuration would.
@@ -592,13 +637,30 @@ impl<'a> Node<'a> {
             counters: &|key| self.backend.counters(key),
             engine: &self.backend.stats(),
             started_at_ms: self.started_at_ms,
-            backend: &self.backend,
+            backend: &self.backend.status(),
+            backend_problem: self.backend.refused(),
             is_ready: self.ready,
             host_problem: self.host_problem.as_deref(),
             host_name: self.host_name.as_str(),
             is_state_dir_failing: self.store_failed,
             now: clock::now(),
         })
+    }
+}
+
+/// Opens what carries the packets, on the port that the node moved to or else on the configured one; `settings` then has it.
+async fn open_backend(choice: BackendChoice, settings: &mut Settings, state: &State) -> anyhow::Result<Backend> {
+    let place = Place { link_name: &settings.link_name, listen_port: settings.listen_port, secret: state.wg() };
+    let Some(moved) = state.moved_port(settings.listen_port) else { return Backend::open(choice, &place).await };
+    match Backend::open(choice, &Place { listen_port: moved, ..place }).await {
+        Ok(backend) => {
+            settings.listen_port = moved;
+            Ok(backend)
+        }
+        Err(error) => {
+            tracing::warn!("{error:#}; trying the configured port {}", place.listen_port);
+            Backend::open(choice, &place).await
+        }
     }
 }
 

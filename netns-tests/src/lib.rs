@@ -34,6 +34,7 @@ pub mod snapshot;
 pub mod traffic;
 pub mod vm;
 pub mod wait;
+pub mod wireguard;
 
 pub use capture::{Capture, Counts, Marker, Watch};
 pub use host::Host;

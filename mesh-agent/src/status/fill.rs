@@ -23,7 +23,6 @@ use super::{
     API_VERSION, BackendStatus, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState,
     PrefixStatus, Problem, ServerState, ServerStatus, Status,
 };
-use crate::backend::Backend;
 use crate::dataplane::EngineStats;
 use crate::io::carriers::Carriers;
 use crate::io::session::CarrierKind;
@@ -40,7 +39,9 @@ pub struct Facts<'a> {
     pub carriers: &'a Carriers,
     pub counters: &'a dyn Fn(&WgPublicKey) -> PeerCounters,
     pub engine: &'a EngineStats,
-    pub backend: &'a Backend,
+    pub backend: &'a BackendStatus,
+    /// Why the kernel's WireGuard did not take what it was last told.
+    pub backend_problem: Option<&'a str>,
     pub host_name: &'a str,
     pub started_at_ms: u64,
     pub is_ready: bool,
@@ -67,10 +68,11 @@ pub fn running(facts: &Facts<'_>) -> Status {
             public_key: view.wg_public.to_string(),
             overlay_v4: view.overlay_v4,
             overlay_v6: Some(view.overlay_v6),
+            listen_port: view.listen_port,
             state,
             namespace: Some(view.namespace.to_string()),
             problems,
-            backend: Some(backend(facts.backend)),
+            backend: Some(facts.backend.clone()),
             net: net(view),
             ..node(facts.config, facts.started_at_ms)
         },
@@ -82,7 +84,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
 
 /// How the network looks from here; complete when no answer is awaited any more.
 pub fn netcheck(facts: &Facts<'_>, is_complete: bool) -> Netcheck {
-    Netcheck { is_complete, listen_port: facts.config.mesh.listen_port, net: net(facts.view), servers: servers(facts) }
+    Netcheck { is_complete, listen_port: facts.view.listen_port, net: net(facts.view), servers: servers(facts) }
 }
 
 /// The mesh is off.
@@ -120,10 +122,6 @@ fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
         backend: None,
         net: NetStatus::default(),
     }
-}
-
-fn backend(backend: &Backend) -> BackendStatus {
-    BackendStatus { kind: backend.kind(), why_not_kernel: backend.why_not_kernel().map(str::to_owned) }
 }
 
 fn net(view: &View) -> NetStatus {
@@ -174,7 +172,7 @@ fn problems(facts: &Facts<'_>) -> Vec<Problem> {
             &format!("sysctl -w net.ipv4.conf.{link}.rp_filter=2"),
         ));
     }
-    if let Some(text) = facts.backend.refused() {
+    if let Some(text) = facts.backend_problem {
         problems.push(problem(format!("the kernel's WireGuard: {text}"), "the agent tries again by itself"));
     }
     if let Some(text) = facts.host_problem {
@@ -337,12 +335,15 @@ fn prefix_status(prefix: ipnet::IpNet, verdict: &Verdict) -> PrefixStatus {
     PrefixStatus { prefix, state, detail }
 }
 
-/// Names are stable: `drop_*` for packets, `record_refused_*` for records.
+/// Names are stable: `drop_*` for packets, `record_refused: *` for records, `probe_*` and `relayed_*` for probes and what came
+/// through relays.
 fn counters(facts: &Facts<'_>) -> BTreeMap<String, u64> {
     let drops = facts.engine.drops.iter().map(|(name, count)| (format!("drop_{name}"), *count));
     let refused = facts.view.rejected.iter().map(|(why, count)| (format!("record_refused: {why}"), *count));
+    let probes = facts.view.dropped_probes.iter().map(|(why, count)| (why.clone(), *count));
     let malformed = ("session_messages_malformed".to_owned(), facts.view.malformed);
-    drops.chain(refused).chain([malformed]).collect()
+    let stun = ("stun_rejected".to_owned(), facts.view.stun_rejected);
+    drops.chain(refused).chain(probes).chain([malformed, stun]).collect()
 }
 
 fn micros(duration: Duration) -> u64 {

@@ -104,15 +104,19 @@ fn wait_peers(node: &Node, peers: u32) -> Result<usize> {
     Ok(last)
 }
 
+fn pid(node: &Node) -> Result<i32> {
+    Ok(node.pid().context("the agent does not run")?.as_raw())
+}
+
 fn rss_kib(node: &Node) -> Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{}/status", node.pid()?))?;
+    let status = fs::read_to_string(format!("/proc/{}/status", pid(node)?))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
 }
 
 /// What the process has spent, by the clock tick.
 fn cpu(node: &Node) -> Result<Duration> {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", node.pid()?))?;
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid(node)?))?;
     let fields: Vec<&str> = stat.rsplit(')').next().context("no fields")?.split_whitespace().collect();
     let ticks: u64 = [11, 12].iter().filter_map(|at| fields.get(*at)?.parse::<u64>().ok()).sum();
     Ok(Duration::from_millis(ticks * 10))
