@@ -32,6 +32,7 @@ mod echo;
 mod guessing;
 mod net;
 mod paths;
+mod port;
 mod publish;
 mod sessions;
 #[cfg(test)]
@@ -39,6 +40,7 @@ mod tests;
 mod view;
 
 pub use echo::{EchoError, EchoId, Via};
+pub use paths::Dropped;
 pub use publish::{Announced, OwnClaim};
 pub use view::{PeerView, ServerView, View};
 
@@ -132,6 +134,9 @@ pub enum AgentEvent {
         rtt: Duration,
     },
     StartHandshake(WgPublicKey),
+    /// Keep this UDP port in the place of the configured one and start anew with it; [`Agent::handle_port_taken`] when this
+    /// host has no such port to give.
+    MovePort(u16),
     /// Carry out these steps in order, then call `handle_applied`.
     Apply(Vec<Action>),
     /// The farewell is said and the host is clean: the machine has nothing left to do.
@@ -180,6 +185,7 @@ pub struct Agent {
     /// What the shell was last asked to store of it in this run, and when.
     stored_prefixes: Option<(BTreeMap<IpNet, u64>, Instant)>,
     publisher: publish::Publisher,
+    port_move: port::PortMove,
     rp_filter_denied: BTreeSet<String>,
     /// Steps are with the shell.
     applying: bool,
@@ -267,6 +273,7 @@ impl Agent {
             last_run_prefixes: start.announced.held_at(start.unix_ms),
             stored_prefixes: None,
             publisher: publish::Publisher::new(start.last_seq, start.claim),
+            port_move: port::PortMove::default(),
             rp_filter_denied: BTreeSet::new(),
             applying: false,
             last_steps: None,

@@ -25,6 +25,7 @@ impl Agent {
             self.peers = self.judge_peers(now);
             self.store_announced_if_contested(now);
             self.sync_paths(now);
+            self.move_from_shared_port(now);
         }
         self.reconcile(now);
         self.publish_if_changed(now);
@@ -178,7 +179,7 @@ impl Agent {
         self.synced_at.is_some() || self.clients.is_empty() || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
     }
 
-    fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
+    pub(super) fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
         let claim = self.publisher.claim?;
         Some((claim.addr, Claim { claimed_at_ms: claim.claimed_at_ms, node: self.identity.node_id() }))
     }

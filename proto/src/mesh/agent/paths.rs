@@ -60,9 +60,9 @@ struct Link {
     offered: Option<u64>,
 }
 
-/// Why a datagram that looked like one of ours was not believed.
+/// Why a datagram that looked like one of ours was not believed: the name of its counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
-pub(super) enum Dropped {
+pub enum Dropped {
     #[error("probe_malformed")]
     Malformed,
     #[error("probe_unknown_key")]
@@ -81,6 +81,19 @@ pub(super) enum Dropped {
     UnknownSender,
     #[error("relayed_unknown_payload")]
     UnknownPayload,
+}
+
+impl Dropped {
+    pub const ALL: [Self; 8] = [
+        Self::Malformed,
+        Self::UnknownKey,
+        Self::Forged,
+        Self::UnknownInstance,
+        Self::Replayed,
+        Self::ForeignSender,
+        Self::UnknownSender,
+        Self::UnknownPayload,
+    ];
 }
 
 /// A burst of probes, then one each interval: whatever peers announce, this node sends no more.
@@ -108,8 +121,9 @@ impl Probing {
         self.again_at.map(|at| (at, "the probe budget"))
     }
 
-    pub(super) fn dropped(&self) -> &BTreeMap<Dropped, u64> {
-        &self.dropped
+    /// Every reason, also those that nothing was dropped for.
+    pub(super) fn dropped(&self) -> impl Iterator<Item = (Dropped, u64)> {
+        Dropped::ALL.into_iter().map(|why| (why, self.dropped.get(&why).copied().unwrap_or_default()))
     }
 
     fn count(&mut self, why: Dropped) {
