@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use nix::sys::signal::Signal;
+use nix::{sys::signal::Signal, unistd::Pid};
 use serde::Deserialize;
 
 use crate::{
@@ -99,7 +99,8 @@ pub struct StatusPeer {
 }
 
 impl Node {
-    pub(crate) fn new(binaries: &Binaries, host: Host, dir: &Path, address: IpAddr, secret: &str) -> Result<Self> {
+    /// A node with its files below `dir` and an address of `host`; the secret is that of its cluster.
+    pub fn new(binaries: &Binaries, host: Host, dir: &Path, address: IpAddr, secret: &str) -> Result<Self> {
         for part in ["etc", "run", "log"] {
             fs::create_dir_all(dir.join(part))?;
         }
@@ -254,6 +255,11 @@ impl Node {
         self.config.enabled = enabled;
         self.write_config()?;
         self.reload()
+    }
+
+    /// The agent's process while it runs.
+    pub fn pid(&self) -> Option<Pid> {
+        self.process.as_ref().map(Process::pid)
     }
 
     pub fn check_running(&mut self) -> Result<()> {
