@@ -26,6 +26,8 @@ use crate::{
 
 const WIREGUARD_PORT: u16 = 51872;
 const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// Where an agent remembers whom it met, in its state directory.
+const MEMBERS: [&str; 4] = ["cache.bin", "cache.bin.prev", "marks.json", "marks.json.prev"];
 /// The places of an installed agent; one in the lab is told to use others and must leave these alone.
 pub(crate) const INSTALLED: [&str; 3] = ["/etc/meshspan", "/run/meshspan", "/var/lib/meshspan"];
 
@@ -168,6 +170,18 @@ impl Node {
             }
         }
         self.overlay = None;
+        write_private(&self.config.secret_file, secret)
+    }
+
+    /// Becomes a member of the cluster with this secret, whom nobody has met, and stays the node that it is otherwise. The
+    /// agent must not run.
+    pub fn forget_members(&mut self, secret: &str) -> Result<()> {
+        for file in MEMBERS {
+            match fs::remove_file(self.state_dir().join(file)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+        }
         write_private(&self.config.secret_file, secret)
     }
 
