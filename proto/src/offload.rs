@@ -11,6 +11,9 @@ pub mod checksum;
 pub mod coalesce;
 pub mod cut;
 mod headers;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
 pub mod vnet;
 
 pub use coalesce::Coalescer;
