@@ -23,6 +23,11 @@ pub(super) const MAX_PACKET: usize = 65_535;
 const MAX_RUN: usize = 64;
 /// Their bytes: the largest IPv4 packet without its headers.
 const MAX_RUN_BYTES: usize = 65_535 - 20 - 8;
+/// What one batch of received datagrams aims at: it, and what is opened of it, stay in a core's second level cache. A batch
+/// of whole slots would be 4 MiB, and each of its bytes would come from memory three times.
+const RECEIVE_BYTES: usize = 128 << 10;
+/// Slots that a batch has at least: one for each family of addresses.
+const MIN_SLOTS: usize = 2;
 /// Room for one receive. An odd number of cache lines, so that slots do not compete for the same cache sets.
 const SLOT: usize = 65_536 + 64;
 
@@ -288,6 +293,8 @@ impl Outgoing {
 pub struct Received {
     bytes: Box<[u8]>,
     slots: Vec<Slot>,
+    /// Slots to fill at most, by what the last batch held.
+    most: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -300,18 +307,24 @@ struct Slot {
 
 impl Default for Received {
     fn default() -> Self {
-        Self { bytes: vec![0; MAX_BATCH * SLOT].into_boxed_slice(), slots: Vec::with_capacity(MAX_BATCH) }
+        let bytes = vec![0; MAX_BATCH * SLOT].into_boxed_slice();
+        Self { bytes, slots: Vec::with_capacity(MAX_BATCH), most: MAX_BATCH }
     }
 }
 
 impl Received {
+    /// Empties it for the next batch, which may have as many slots as those of the last one suggest.
     pub fn clear(&mut self) {
+        if let Some(mean) = self.total().checked_div(self.slots.len()) {
+            let fitting = RECEIVE_BYTES / mean.max(1);
+            self.most = fitting.min(self.slots.len() * 4).clamp(MIN_SLOTS, MAX_BATCH);
+        }
         self.slots.clear();
     }
 
     /// The free slots, in the order in which [`Self::push`] fills them.
     pub fn free_slots(&mut self) -> impl Iterator<Item = &mut [u8]> {
-        self.bytes.chunks_exact_mut(SLOT).skip(self.slots.len())
+        self.bytes.chunks_exact_mut(SLOT).take(self.most).skip(self.slots.len())
     }
 
     /// Says that the first free slot holds `len` bytes: datagrams of `segment` bytes, the last may be shorter.
@@ -329,8 +342,7 @@ impl Received {
         self.slots.is_empty()
     }
 
-    /// Bytes of all datagrams.
-    pub fn total(&self) -> usize {
+    fn total(&self) -> usize {
         self.slots.iter().map(|slot| slot.len).sum()
     }
 

@@ -13,7 +13,7 @@ use mesh_proto::offload::VnetHeader;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::io::{DatagramSocket, MAX_BATCH, Outgoing, Packed, PacketDevice, Ready, Received};
+use super::io::{DatagramSocket, Outgoing, Packed, PacketDevice, Ready, Received};
 use super::offloads::{DeviceOffloads, SocketOffloads};
 use super::tun::{read_packets, write_packet};
 
@@ -146,14 +146,12 @@ impl DatagramSocket for MemorySocket {
         batch.clear();
         // Before the datagrams are taken, so that what comes meanwhile wakes again.
         let _none_arrived = self.inbox.arrived.read();
-        while batch.len() < MAX_BATCH
-            && let Some((source, datagram)) = self.next()
-        {
-            let slot = batch.free_slots().next().expect("the batch is not full");
+        while let Some(slot) = batch.free_slots().next() {
+            let Some((source, datagram)) = self.next() else { return Ok(Ready::Drained) };
             slot[..datagram.len()].copy_from_slice(&datagram);
             batch.push(datagram.len(), datagram.len(), source.into());
         }
-        Ok(if batch.len() < MAX_BATCH { Ready::Drained } else { Ready::More })
+        Ok(Ready::More)
     }
 
     fn send(&self, batch: &Outgoing, _patience: Duration) -> usize {
