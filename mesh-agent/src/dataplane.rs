@@ -8,7 +8,7 @@
 //! - Control publishes what the threads read: one immutable snapshot (peers, receiver index, allowed IPs) and per peer a
 //!   path. A thread loads them once a batch.
 //! - What goes over a relay leaves through control: the threads only queue it.
-//! - A tunnel's lock is taken once per batch and peer; with it held nothing is sent, received or waited for.
+//! - A tunnel's lock is taken once per super-packet or received run; with it held nothing is sent, received or waited for.
 //! - Bytes from the network cost a named counter ([`EngineStats`]), never a panic, and queues are bounded.
 //! - An inner packet goes to the host only if its source is in the allowed IPs of the peer whose tunnel opened it.
 //!
@@ -40,8 +40,8 @@ mod tunnel;
 pub mod udp;
 
 pub use drops::EngineStats;
-pub use engine::{Clock, Engine};
 pub use ecn::Ecn;
+pub use engine::{Clock, Engine};
 pub use io::{Arrival, DatagramSocket, MAX_BATCH, Outgoing, Packed, PacketDevice, Ready, Received, RunOf};
 pub use offloads::{DeviceOffloads, Offloads, SocketOffloads};
 pub use queues::ControlDatagram;

@@ -217,9 +217,7 @@ pub(super) fn open_all<'d, T, D, S>(
         match result {
             Opened::Packet(packet) => {
                 let len = packet.len();
-                let is_allowed = |source| {
-                    allowed == Some(source) || snapshot.allowed_ips.lookup(source) == Some(&slot)
-                };
+                let is_allowed = |source| allowed == Some(source) || snapshot.allowed_ips.lookup(source) == Some(&slot);
                 match Inner::parse(packet) {
                     Some(inner) if is_allowed(inner.source) => {
                         allowed = Some(inner.source);

@@ -13,7 +13,7 @@ use mesh_proto::offload::VnetHeader;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::io::{DatagramSocket, Outgoing, Packed, PacketDevice, Ready, Received};
+use super::io::{Arrival, DatagramSocket, Outgoing, Packed, PacketDevice, Ready, Received};
 use super::offloads::{DeviceOffloads, SocketOffloads};
 use super::tun::{read_packets, write_packet};
 
@@ -89,7 +89,7 @@ pub(crate) struct MemoryNet(Arc<Mutex<BTreeMap<SocketAddr, Arc<Inbox>>>>);
 
 #[derive(Debug)]
 struct Inbox {
-    datagrams: Mutex<VecDeque<(SocketAddr, Vec<u8>)>>,
+    datagrams: Mutex<VecDeque<(Arrival, Vec<u8>)>>,
     arrived: EventFd,
 }
 
@@ -113,13 +113,13 @@ impl MemoryNet {
     pub(crate) fn inject(&self, source: SocketAddr, to: SocketAddr, datagram: &[u8]) {
         let inbox = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&to).cloned();
         if let Some(inbox) = inbox {
-            inbox.push(source, datagram);
+            inbox.push(source.into(), datagram);
         }
     }
 }
 
 impl Inbox {
-    fn push(&self, source: SocketAddr, datagram: &[u8]) {
+    fn push(&self, source: Arrival, datagram: &[u8]) {
         self.datagrams.lock().unwrap_or_else(PoisonError::into_inner).push_back((source, datagram.to_vec()));
         self.arrived.write(1).expect("the count is small");
     }
@@ -128,11 +128,20 @@ impl Inbox {
 impl MemorySocket {
     /// Puts a datagram into this socket's inbox, also when another socket has taken its address since.
     pub(crate) fn deliver(&self, source: SocketAddr, datagram: &[u8]) {
-        self.inbox.push(source, datagram);
+        self.deliver_marked(source.into(), datagram);
+    }
+
+    /// The same, with what the underlay says of congestion.
+    pub(crate) fn deliver_marked(&self, arrival: Arrival, datagram: &[u8]) {
+        self.inbox.push(arrival, datagram);
     }
 
     /// The next datagram that arrived, if any.
     pub(crate) fn next(&self) -> Option<(SocketAddr, Vec<u8>)> {
+        self.take().map(|(arrival, datagram)| (arrival.source, datagram))
+    }
+
+    fn take(&self) -> Option<(Arrival, Vec<u8>)> {
         self.inbox.datagrams.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 }
@@ -146,10 +155,11 @@ impl DatagramSocket for MemorySocket {
         batch.clear();
         // Before the datagrams are taken, so that what comes meanwhile wakes again.
         let _none_arrived = self.inbox.arrived.read();
-        while let Some(slot) = batch.free_slots().next() {
-            let Some((source, datagram)) = self.next() else { return Ok(Ready::Drained) };
+        while batch.free_slots().next().is_some() {
+            let Some((arrival, datagram)) = self.take() else { return Ok(Ready::Drained) };
+            let slot = batch.free_slots().next().expect("the batch is not full");
             slot[..datagram.len()].copy_from_slice(&datagram);
-            batch.push(datagram.len(), datagram.len(), source.into());
+            batch.push(datagram.len(), datagram.len(), arrival);
         }
         Ok(Ready::More)
     }

@@ -63,6 +63,12 @@ impl BatchSocket {
         self.segmentation.load(Ordering::Relaxed)
     }
 
+    /// As if the device had refused.
+    #[cfg(test)]
+    pub(super) fn stop_cutting(&self) {
+        self.segmentation.store(false, Ordering::Relaxed);
+    }
+
     pub(super) fn joins(&self) -> bool {
         self.has_gro
     }
@@ -95,8 +101,7 @@ impl BatchSocket {
         let flags = libc::MSG_DONTWAIT;
         // SAFETY: the first `count` headers were written above; they point to distinct slots, blocks, names and control rooms
         // that outlive the call, with their lengths.
-        let got =
-            unsafe { libc::recvmmsg(self.socket.as_raw_fd(), first, count as _, flags as _, ptr::null_mut()) };
+        let got = unsafe { libc::recvmmsg(self.socket.as_raw_fd(), first, count as _, flags as _, ptr::null_mut()) };
         let got = match Errno::result(got) {
             Ok(got) => usize::try_from(got).unwrap_or(0).min(count),
             Err(Errno::EAGAIN) => return Ok(Ready::Drained),

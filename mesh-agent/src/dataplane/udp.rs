@@ -246,6 +246,7 @@ mod tests {
     use nix::sys::socket::{ControlMessageOwned, recvmsg};
 
     use super::*;
+    use crate::dataplane::ecn::Ecn;
 
     fn receive(sockets: &UdpSockets, expected: usize) -> Vec<(Vec<u8>, SocketAddr)> {
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -287,6 +288,59 @@ mod tests {
             );
         }
         assert!(got.iter().all(|(bytes, source)| bytes.iter().all(|b| *b == bytes[0]) && source.port() == a.port()));
+    }
+
+    /// Runs of equal datagrams, a shorter one at the end of each, with a mark of congestion or without.
+    #[test]
+    fn runs_leave_and_arrive_whole_with_and_without_segmentation() {
+        let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+        let hosts: Vec<SocketAddr> = [("127.0.0.1", true), ("[::1]", b.v6.is_some())]
+            .into_iter()
+            .filter(|(_, is_there)| *is_there)
+            .map(|(host, _)| format!("{host}:{}", b.port()).parse().unwrap())
+            .collect();
+        for cuts in [true, false] {
+            if !cuts {
+                a.v4.iter().chain(&a.v6).for_each(BatchSocket::stop_cutting);
+                assert!(!a.offloads().segmentation);
+            }
+            for (to, ecn) in hosts.iter().flat_map(|to| [(*to, Ecn::NotCapable), (*to, Ecn::Capable0)]) {
+                let mut batch = Outgoing::new(1 << 20);
+                let lens = [vec![1200; 70], vec![33], vec![500; 9], vec![1], vec![1400; 3]].concat();
+                for (n, len) in lens.iter().enumerate() {
+                    batch.spare(*len).unwrap().fill(n as u8);
+                    batch.push_each(*len, [Endpoint::from(to)], ecn);
+                }
+                assert!(batch.runs().count() < 10, "{} runs", batch.runs().count());
+                assert_eq!(a.send(&batch, Duration::from_secs(1)), 0);
+                let (mut received, mut got) = (Received::default(), Vec::new());
+                let deadline = Instant::now() + Duration::from_secs(5);
+                while got.len() < lens.len() {
+                    assert!(Instant::now() < deadline, "{} of {} came to {to}", got.len(), lens.len());
+                    b.receive(&mut received).unwrap();
+                    assert!(received.iter().all(|(_, arrival, _)| arrival.ecn == ecn), "{to} {ecn:?}");
+                    got.extend(received.iter().map(|(bytes, ..)| (bytes.len(), bytes[0])));
+                }
+                let sent: Vec<_> = lens.iter().enumerate().map(|(n, len)| (*len, n as u8)).collect();
+                assert_eq!(got, sent, "{to} {ecn:?} {cuts}");
+            }
+        }
+    }
+
+    /// The loopback's MTU is larger than any datagram; a run of datagrams that are larger than the route's is refused whole.
+    #[test]
+    fn datagrams_that_do_not_fit_the_path_leave_in_fragments() {
+        let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+        let mut batch = Outgoing::new(1 << 20);
+        for n in 0..3 {
+            let datagram = batch.spare(20_000).unwrap();
+            datagram.fill(n);
+            batch.push(20_000, Endpoint::from(SocketAddr::from(([127, 0, 0, 1], b.port()))));
+        }
+        assert_eq!(batch.runs().count(), 1);
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), 0);
+        assert_eq!(receive(&b, 3).iter().map(|(bytes, _)| bytes.len()).collect::<Vec<_>>(), [20_000; 3]);
+        assert!(a.offloads().segmentation, "one path says nothing of the others");
     }
 
     #[test]

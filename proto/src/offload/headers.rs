@@ -43,7 +43,14 @@ impl Ip {
                 let len = usize::from(u16::from_be_bytes([header[2], header[3]]));
                 let is_fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0;
                 let fits = V4_HEADER <= transport && transport <= len && len <= packet.len();
-                fits.then_some(Self { is_v4: true, transport, protocol: header[9], is_fragment, is_source_routed: false, len })
+                fits.then_some(Self {
+                    is_v4: true,
+                    transport,
+                    protocol: header[9],
+                    is_fragment,
+                    is_source_routed: false,
+                    len,
+                })
             }
             6 => {
                 let header: &[u8; V6_HEADER] = packet.first_chunk()?;

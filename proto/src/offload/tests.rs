@@ -132,7 +132,8 @@ fn naive_checksum(bytes: &[u8]) -> u16 {
 fn flow() -> impl Strategy<Value = Flow> {
     let ip = (any::<bool>(), any::<bool>(), 0u8..2, 0u8..2, prop_oneof![Just(0u8), Just(2), Just(3), any::<u8>()]);
     let tcp = (0usize..=10, 0u32..2, 0u16..2, prop_oneof![4 => Just(0x10u8), 1 => any::<u8>()]);
-    let odd = (any::<bool>(), prop_oneof![8 => Just(64u8), 1 => any::<u8>()], prop_oneof![8 => Just(0usize), 1 => 1usize..4]);
+    let odd =
+        (any::<bool>(), prop_oneof![8 => Just(64u8), 1 => any::<u8>()], prop_oneof![8 => Just(0usize), 1 => 1usize..4]);
     (ip, tcp, odd, 0u16..2).prop_map(|((is_v4, is_tcp, a, b, class), (options, ack, window, flags), odd, port)| {
         let (dont_fragment, ttl, extra) = odd;
         let extra = match (extra, is_v4) {
