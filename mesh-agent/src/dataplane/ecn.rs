@@ -50,11 +50,11 @@ pub(super) fn mark_congestion(packet: &mut [u8]) {
         let header_len = usize::from(packet[0] & 0xf) * 4;
         let Some(header) = packet.get_mut(..header_len) else { return };
         // A checksum that was wrong stays wrong.
-        let was_right = Sum::default().add(header).finish() == [0, 0];
+        let was_right = Sum::default().plus(header).finish() == [0, 0];
         header[1] |= 3;
         if was_right && header.len() >= 12 {
             header[10..12].fill(0);
-            let checksum = Sum::default().add(header).finish();
+            let checksum = Sum::default().plus(header).finish();
             header[10..12].copy_from_slice(&checksum);
         }
     }
@@ -72,7 +72,7 @@ mod tests {
         } else {
             packet[1] = class;
             packet[10..12].fill(0);
-            let checksum = Sum::default().add(&packet[..20]).finish();
+            let checksum = Sum::default().plus(&packet[..20]).finish();
             packet[10..12].copy_from_slice(&checksum);
         }
         packet
@@ -94,7 +94,7 @@ mod tests {
         let mut wrong = with_class(packet("10.0.0.1", "10.0.0.2", 0, 60), 2);
         wrong[10] ^= 1;
         mark_congestion(&mut wrong);
-        assert_ne!(Sum::default().add(&wrong[..20]).finish(), [0, 0]);
+        assert_ne!(Sum::default().plus(&wrong[..20]).finish(), [0, 0]);
         for len in 0..12 {
             mark_congestion(&mut [0x4f; 20][..len]);
         }

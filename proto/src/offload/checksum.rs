@@ -12,7 +12,7 @@ const LANES: usize = 8;
 impl Sum {
     #[inline]
     #[must_use]
-    pub fn add(self, bytes: &[u8]) -> Self {
+    pub fn plus(self, bytes: &[u8]) -> Self {
         // 32-bit words into 64-bit lanes: 2^32 words fit before a lane overflows, and a compiler makes vectors of them.
         let mut lanes = [0u64; LANES];
         let mut blocks = bytes.chunks_exact(4 * LANES);
@@ -35,7 +35,7 @@ impl Sum {
     /// Adds a number as the two bytes it has on the wire.
     #[inline]
     #[must_use]
-    pub fn add_u16(self, value: u16) -> Self {
+    pub fn plus_u16(self, value: u16) -> Self {
         Self(self.0 + u64::from(u16::from_ne_bytes(value.to_be_bytes())))
     }
 
@@ -79,17 +79,17 @@ mod tests {
             at in 0usize..1000,
             number: u16,
         ) {
-            prop_assert_eq!(Sum::default().add(&bytes).finish(), naive(&bytes));
+            prop_assert_eq!(Sum::default().plus(&bytes).finish(), naive(&bytes));
             let (one, other) = bytes.split_at((at * 2).min(bytes.len() & !1));
-            prop_assert_eq!(Sum::default().add(one).add(other).finish(), naive(&bytes));
+            prop_assert_eq!(Sum::default().plus(one).plus(other).finish(), naive(&bytes));
             let with_number = [&number.to_be_bytes()[..], &bytes].concat();
-            prop_assert_eq!(Sum::default().add(&bytes).add_u16(number).finish(), naive(&with_number));
+            prop_assert_eq!(Sum::default().plus(&bytes).plus_u16(number).finish(), naive(&with_number));
         }
     }
 
     #[test]
     fn the_largest_packet_of_the_largest_bytes_does_not_overflow() {
         let bytes = vec![0xff; 65_535];
-        assert_eq!(Sum::default().add(&bytes).finish(), naive(&bytes));
+        assert_eq!(Sum::default().plus(&bytes).finish(), naive(&bytes));
     }
 }

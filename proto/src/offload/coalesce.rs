@@ -287,8 +287,8 @@ impl Flow {
     #[inline]
     fn is_intact(&self, packet: &[u8]) -> bool {
         let transport = &packet[self.ip.transport..];
-        let sum = self.ip.pseudo(packet).add_u16(transport.len() as u16).add(transport);
-        let header = !self.ip.is_v4 || Sum::default().add(&packet[..V4_HEADER]).finish() == [0, 0];
+        let sum = self.ip.pseudo(packet).plus_u16(transport.len() as u16).plus(transport);
+        let header = !self.ip.is_v4 || Sum::default().plus(&packet[..V4_HEADER]).finish() == [0, 0];
         sum.finish() == [0, 0] && header
     }
 
@@ -296,7 +296,7 @@ impl Flow {
     fn write_header(&self, first: &mut [u8], len: usize) {
         set_len(first, &self.ip, len);
         let transport_len = (len - self.ip.transport) as u16;
-        let partial = self.ip.pseudo(first).add_u16(transport_len).partial();
+        let partial = self.ip.pseudo(first).plus_u16(transport_len).partial();
         let transport = &mut first[self.ip.transport..];
         if self.ip.protocol == TCP {
             transport[13] |= if self.has_push { PSH } else { 0 };

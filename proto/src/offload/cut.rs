@@ -59,7 +59,7 @@ fn complete(header: VnetHeader, packet: &mut [u8]) -> Result<(), Malformed> {
     if at + 2 > len {
         return Err(Malformed);
     }
-    let checksum = Sum::default().add(&packet[start..len]).finish();
+    let checksum = Sum::default().plus(&packet[start..len]).finish();
     // All ones is zero too, and in UDP a zero would mean that there is none.
     packet[at..at + 2].copy_from_slice(&if checksum == [0, 0] { [0xff, 0xff] } else { checksum });
     Ok(())
@@ -102,7 +102,7 @@ impl Segments {
         let pseudo = if ip.is_source_routed {
             // The final destination is somewhere in a header; the host has summed it, and the length, already.
             let at = ip.transport + if ip.protocol == TCP { 16 } else { 6 };
-            Sum::default().add(&packet[at..at + 2]).add_u16(!(transport.len() as u16))
+            Sum::default().plus(&packet[at..at + 2]).plus_u16(!(transport.len() as u16))
         } else {
             ip.pseudo(packet)
         };
@@ -156,7 +156,7 @@ impl Segments {
             6
         };
         transport[checksum_at..checksum_at + 2].fill(0);
-        let mut checksum = self.pseudo.add_u16(len).add(transport).finish();
+        let mut checksum = self.pseudo.plus_u16(len).plus(transport).finish();
         if checksum == [0, 0] && self.ip.protocol == UDP {
             checksum = [0xff, 0xff];
         }

@@ -78,7 +78,7 @@ impl Ip {
     #[inline]
     pub(super) fn pseudo(&self, packet: &[u8]) -> Sum {
         let addresses = if self.is_v4 { &packet[12..20] } else { &packet[8..40] };
-        Sum::default().add(addresses).add_u16(u16::from(self.protocol))
+        Sum::default().plus(addresses).plus_u16(u16::from(self.protocol))
     }
 }
 
@@ -99,7 +99,7 @@ pub(super) fn set_len(packet: &mut [u8], ip: &Ip, len: usize) {
     if ip.is_v4 {
         packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
         packet[10..12].fill(0);
-        let checksum = Sum::default().add(&packet[..ip.transport]).finish();
+        let checksum = Sum::default().plus(&packet[..ip.transport]).finish();
         packet[10..12].copy_from_slice(&checksum);
     } else {
         packet[4..6].copy_from_slice(&((len - V6_HEADER) as u16).to_be_bytes());

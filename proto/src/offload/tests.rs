@@ -234,8 +234,11 @@ fn without_idle_id(mut packet: Vec<u8>) -> Vec<u8> {
     packet
 }
 
-fn by_flow(packets: impl IntoIterator<Item = Vec<u8>>) -> BTreeMap<(Vec<u8>, Vec<u8>), Vec<Vec<u8>>> {
-    let mut flows: BTreeMap<_, Vec<_>> = BTreeMap::new();
+/// Addresses, protocol and ports, and the packets that have them.
+type Flows = BTreeMap<(Vec<u8>, Vec<u8>), Vec<Vec<u8>>>;
+
+fn by_flow(packets: impl IntoIterator<Item = Vec<u8>>) -> Flows {
+    let mut flows = Flows::new();
     for packet in packets {
         flows.entry(flow_of(&packet)).or_default().push(without_idle_id(packet));
     }

@@ -22,12 +22,12 @@ fn super_packet(payload: &[u8], segment: u16) -> (VnetHeader, Vec<u8>) {
     let mut packet = packet("10.0.0.1", "10.0.0.2", 0, len);
     packet[8] = 64;
     packet[9] = 6;
-    let header_sum = Sum::default().add(&packet[..20]).finish();
+    let header_sum = Sum::default().plus(&packet[..20]).finish();
     packet[10..12].copy_from_slice(&header_sum);
     packet[20..24].copy_from_slice(&[0x10, 0, 0x20, 0]);
     packet[32] = 0x50;
     packet[33] = 0x10;
-    let partial = Sum::default().add(&packet[12..20]).add_u16(6).add_u16(len as u16 - 20).partial();
+    let partial = Sum::default().plus(&packet[12..20]).plus_u16(6).plus_u16(len as u16 - 20).partial();
     packet[36..38].copy_from_slice(&partial);
     packet[HEADERS..].copy_from_slice(payload);
     let header = VnetHeader {
@@ -81,7 +81,7 @@ fn a_super_packet_arrives_in_pieces_where_the_host_takes_none() {
     assert_eq!(got.len(), 29);
     for (header, packet) in &got {
         assert_eq!(*header, VnetHeader::default());
-        let sum = Sum::default().add(&packet[12..20]).add_u16(6).add_u16(packet.len() as u16 - 20).add(&packet[20..]);
+        let sum = Sum::default().plus(&packet[12..20]).plus_u16(6).plus_u16(packet.len() as u16 - 20).plus(&packet[20..]);
         assert_eq!(sum.finish(), [0, 0], "a right checksum");
     }
 }
