@@ -7,20 +7,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use ipnet::IpNet;
-use mesh_agent::dataplane::{BoringTunnel, BoringTunnels, TunnelFactory};
+use mesh_bench::cipher::{BUFFER, NOW, SOURCE, connect, connected, packet, pair};
 use mesh_bench::member::Member;
 use mesh_common::allowed_ips::AllowedIps;
-use mesh_common::key::{PresharedKey, WgSecret};
-use mesh_common::time::Instant;
-use mesh_proto::device::PeerSpec;
 use mesh_proto::random::SplitMix64;
 use mesh_proto::wg::{MIN_BUFFER, OVERHEAD, Opened, Sealed, Tunnel};
 
-const SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-const NOW: Instant = Instant::ORIGIN;
 /// Inner packets: an acknowledgement, a middle one, the largest the link takes.
 const LENGTHS: [u16; 3] = [64, 512, 1420];
-const BUFFER: usize = 2048;
 
 fn main() {
     divan::main();
@@ -79,40 +73,4 @@ fn open(bencher: Bencher<'_, '_>, len: u16) {
 #[divan::bench]
 fn handshake(bencher: Bencher<'_, '_>) {
     bencher.with_inputs(pair).bench_local_values(|(a, b)| connect(a, b));
-}
-
-fn connected() -> (BoringTunnel, BoringTunnel) {
-    let (a, b) = pair();
-    connect(a, b)
-}
-
-/// Two ends of a tunnel that have not spoken.
-fn pair() -> (BoringTunnel, BoringTunnel) {
-    let [a, b] = [1, 2].map(|n| WgSecret::from_seed(&[n; 32]));
-    let spec = PeerSpec {
-        preshared_key: Some(PresharedKey([3; 32])),
-        allowed_ips: Default::default(),
-        keepalive: None,
-        generation: 0,
-    };
-    let one = BoringTunnels::new(&a).make(&b.public(), &spec, 1, NOW);
-    let other = BoringTunnels::new(&b).make(&a.public(), &spec, 2, NOW);
-    (one, other)
-}
-
-fn connect(mut a: BoringTunnel, mut b: BoringTunnel) -> (BoringTunnel, BoringTunnel) {
-    let (mut at_a, mut at_b) = ([0; BUFFER], [0; BUFFER]);
-    let initiation = a.start_handshake(&mut at_a, NOW).expect("a new tunnel can start a handshake");
-    let Opened::Reply(response) = b.open(initiation, SOURCE, &mut at_b, NOW) else { panic!("no response") };
-    let Opened::Established(Some(confirm)) = a.open(response, SOURCE, &mut at_a, NOW) else { panic!("no session") };
-    assert_eq!(b.open(confirm, SOURCE, &mut at_b, NOW), Opened::Keepalive);
-    (a, b)
-}
-
-/// An IPv4 packet of this length.
-fn packet(len: u16) -> Vec<u8> {
-    let mut packet = vec![0; usize::from(len)];
-    packet[0] = 0x45;
-    packet[2..4].copy_from_slice(&len.to_be_bytes());
-    packet
 }

@@ -122,7 +122,8 @@ pub async fn examine(subject: &Subject) -> Report {
         let taken = port::users(mesh.listen_port).map_err(|error| format!("cannot list the UDP sockets: {error}"));
         report.add("port", taken.map(|users| port::check(mesh.listen_port, &users)));
     }
-    report.add("firewall", firewall(&subject.config));
+    let port = status.filter(|_| is_on).map_or(mesh.listen_port, |status| status.node.listen_port);
+    report.add("firewall", firewall(&subject.config, port));
     let interface = mesh.interface_name.as_str();
     report.add("forwarding", host::forwarding().map(|on| host::check_forwarding(&networks(&subject.config), on)));
     report.add("rp_filter", Ok(host::check_rp_filter(interface, host::rp_filter(interface))));
@@ -136,12 +137,12 @@ fn networks(config: &Config) -> Vec<IpNet> {
     pods.chain(&config.mesh.extra_prefixes).copied().collect()
 }
 
-fn firewall(config: &Config) -> Result<Vec<Finding>, String> {
+fn firewall(config: &Config, port: u16) -> Result<Vec<Finding>, String> {
     let sources = firewall_sources()?;
     let networks = networks(config);
     let needs = firewall::Needs {
         interface: config.mesh.interface_name.as_str(),
-        port: config.mesh.listen_port,
+        port,
         networks: &networks,
         uplink_v4: host::uplink_v4(),
         uplink_v6: host::uplink_v6(),

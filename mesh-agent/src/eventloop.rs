@@ -23,6 +23,7 @@ use zeroize::Zeroizing;
 
 use crate::api::ApiRequest;
 use crate::clock;
+use crate::dataplane::udp::BindError;
 use crate::dataplane::{BoringTunnels, Engine, Tun, UdpSockets};
 use crate::device::{ApplyError, HostDevice, HostWatch, ObserveError};
 use crate::io::carriers::{CarrierEvent, Carriers};
@@ -63,6 +64,8 @@ pub struct Node<'a> {
     secret: ClusterSecret,
     servers: Vec<ServerAddress>,
     host_name: HostName,
+    /// The configured one, or the one that this node moved to.
+    listen_port: u16,
     agent: Agent,
     engine: Engine<BoringTunnels, Tun, UdpSockets>,
     host: HostDevice,
@@ -101,6 +104,13 @@ pub struct Departure {
     pub is_clean: bool,
 }
 
+/// Why a run of the node is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Done {
+    Left { is_clean: bool },
+    MovedPort,
+}
+
 /// A departure under way, and who waits for it.
 struct Leaving {
     config: Box<Config>,
@@ -111,10 +121,10 @@ struct Leaving {
 impl<'a> Node<'a> {
     /// Opens everything a node needs; fails with what is missing before anything is announced.
     pub async fn start(config: Config, state: &'a mut State) -> anyhow::Result<Self> {
-        let settings = node_settings::load(&config).await?;
+        let mut settings = node_settings::load(&config).await?;
         let host_name = settings.host_name.clone();
         let secret = secrets::cluster_secret(&config.cluster.secret)?;
-        let sockets = UdpSockets::bind(settings.listen_port, FWMARK)?;
+        let sockets = bind(state.moved_port(settings.listen_port), &mut settings.listen_port)?;
         let mut host = HostDevice::new(&settings.link_name, state.dir())?;
         let tun = Tun::create(&settings.link_name)?;
         host.set_link(Some(tun.index()), settings.listen_port);
@@ -141,6 +151,7 @@ impl<'a> Node<'a> {
         };
         let engine = Engine::start(Some(tun), sockets, BoringTunnels::new(state.wg()), Arc::new(clock::now))
             .context("cannot start the data plane")?;
+        let listen_port = settings.listen_port;
         let agent = Agent::new(settings, start, clock::now());
         if let Err(error) = device::mark(state.dir()) {
             tracing::warn!(
@@ -152,13 +163,14 @@ impl<'a> Node<'a> {
             node = %agent.node_id().short(),
             overlay_v6 = %agent.overlay_v6(),
             interface = %config.mesh.interface_name.as_str(),
-            port = config.mesh.listen_port,
+            port = listen_port,
             cached_members = agent.members().iter().count(),
             "mesh is on"
         );
         Ok(Self {
             servers: node_settings::servers(&config),
             host_name,
+            listen_port,
             config,
             secret,
             agent,
@@ -186,8 +198,13 @@ impl<'a> Node<'a> {
         let mut tunnels = interval(TUNNEL_TICK);
         tunnels.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if let Some(is_clean) = self.drain(services).await {
-                return Ok(self.leave(is_clean));
+            match self.drain(services).await {
+                Some(Done::Left { is_clean }) => return Ok(self.leave(is_clean)),
+                Some(Done::MovedPort) => {
+                    let config = Box::new(self.config.clone());
+                    return Ok(self.start_anew(config, Vec::new()));
+                }
+                None => {}
             }
             if !self.engine.is_running() {
                 bail!("a thread of the data plane died, which is a bug: the log above says where");
@@ -235,18 +252,19 @@ impl<'a> Node<'a> {
             .unwrap_or_else(|| (clock::now() + Duration::from_secs(3600), "nothing is due"))
     }
 
-    /// Does all that is due and all that the machine asks for. `Some` when the node has left: whether the host is clean.
-    async fn drain(&mut self, services: &mut Services) -> Option<bool> {
+    /// Does all that is due and all that the machine asks for. `Some` when that ends this run of the node.
+    async fn drain(&mut self, services: &mut Services) -> Option<Done> {
         loop {
             while let Some((server, message)) = self.agent.poll_transmit() {
                 self.carriers.send(server, message);
             }
             let now = clock::now();
             if let Some(event) = self.agent.poll_event() {
-                if event == AgentEvent::Stopped {
-                    return Some(true);
+                match event {
+                    AgentEvent::Stopped => return Some(Done::Left { is_clean: true }),
+                    AgentEvent::MovePort(port) if self.move_port(port) => return Some(Done::MovedPort),
+                    other => self.carry_out(other).await,
                 }
-                self.carry_out(event).await;
             } else if self.observe_at.is_some_and(|at| now >= at) || self.is_link_newly_lost() {
                 self.observe_at = None;
                 if let Some(observed) = self.observe().await {
@@ -258,7 +276,7 @@ impl<'a> Node<'a> {
                 self.store_members();
             } else if self.leaving.as_ref().is_some_and(|leaving| now >= leaving.give_up_at) {
                 tracing::warn!("the departure is not complete: run `mesh-agent cleanup` for what is left on this host");
-                return Some(false);
+                return Some(Done::Left { is_clean: false });
             } else {
                 break;
             }
@@ -314,8 +332,29 @@ impl<'a> Node<'a> {
                 }
             }
             AgentEvent::Apply(steps) => self.apply(steps).await,
-            AgentEvent::Stopped => {}
+            AgentEvent::Stopped | AgentEvent::MovePort(_) => {}
         }
+    }
+
+    /// Whether the port is kept and a new start would have it. The configured one stays the one that peers without an agent
+    /// and port forwardings are told, so the log names it.
+    fn move_port(&mut self, port: u16) -> bool {
+        if let Err(error) = UdpSockets::bind(port, FWMARK) {
+            tracing::debug!(%error, "this host has another use for the port");
+            self.agent.handle_port_taken(port, clock::now());
+            return false;
+        }
+        let configured = self.config.mesh.listen_port;
+        let written = self.state.set_moved_port(configured, port);
+        if !self.note_written(written) {
+            // Without a memory of it the next start would be back on the shared port, and move again.
+            return false;
+        }
+        tracing::warn!(
+            "another node behind the same NAT has UDP port {configured}: this one starts anew on port {port} and keeps it; \
+             set mesh.listenPort to choose one yourself"
+        );
+        true
     }
 
     async fn apply(&mut self, steps: Vec<Action>) {
@@ -498,12 +537,10 @@ impl<'a> Node<'a> {
                 tracing::info!(
                     "the new configuration changes interface or port: starting anew; routes fail closed meanwhile"
                 );
-                self.store_for_the_next_start();
-                self.engine.stop();
-                let waiting = answer.into_iter().collect();
-                return Some(Ended::Left(Departure { config, waiting, is_clean: false }));
+                return Some(self.start_anew(config, answer.into_iter().collect()));
             }
-            (Ok(settings), Ok(_)) => {
+            (Ok(mut settings), Ok(_)) => {
+                settings.listen_port = self.listen_port;
                 self.set_servers(node_settings::servers(&config));
                 self.host_name = settings.host_name.clone();
                 self.config = *config;
@@ -513,6 +550,13 @@ impl<'a> Node<'a> {
             }
         }
         None
+    }
+
+    /// Ends this run of the node for one with other sockets or another link.
+    fn start_anew(&mut self, config: Box<Config>, waiting: Vec<Answer>) -> Ended {
+        self.store_for_the_next_start();
+        self.engine.stop();
+        Ended::Left(Departure { config, waiting, is_clean: false })
     }
 
     fn needs_restart(&self, config: &Config) -> bool {
@@ -592,6 +636,21 @@ impl<'a> Node<'a> {
             is_state_dir_failing: self.store_failed,
             now: clock::now(),
         })
+    }
+}
+
+/// Binds the port that the node moved to, or else the configured one; `port` is then what it is.
+fn bind(moved: Option<u16>, port: &mut u16) -> Result<UdpSockets, BindError> {
+    let Some(moved) = moved else { return UdpSockets::bind(*port, FWMARK) };
+    match UdpSockets::bind(moved, FWMARK) {
+        Ok(sockets) => {
+            *port = moved;
+            Ok(sockets)
+        }
+        Err(error) => {
+            tracing::warn!("{error}; trying the configured port {port}");
+            UdpSockets::bind(*port, FWMARK)
+        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! What a node remembers: its identity, the sequence numbers it gave out, its overlay address, since when it announces its
-//! prefixes, its peers' sealed frames and the newest sequence number seen of each.
+//! What a node remembers: its identity, the sequence numbers it gave out, its overlay address, the UDP port it moved to, since
+//! when it announces its prefixes, its peers' sealed frames and the newest sequence number seen of each.
 //!
 //! Owns one directory (0700) and every file in it (0600). A lock keeps a second agent out. The identity is made once, when
 //! nothing of ours is there; one that is missing, damaged, or another user's is an error that names the file, never a
@@ -78,6 +78,8 @@ struct Numbers {
     /// Absent in files of older versions.
     #[serde(default)]
     announced: Announced,
+    #[serde(default)]
+    moved_port: Option<MovedPort>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +92,12 @@ struct Announced {
 struct OverlayClaim {
     address: Ipv4Addr,
     claimed_at_ms: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct MovedPort {
+    configured: u16,
+    port: u16,
 }
 
 impl State {
@@ -142,6 +150,15 @@ impl State {
             return Ok(());
         }
         self.store_numbers(Numbers { overlay_v4, ..self.numbers.clone() })
+    }
+
+    /// The UDP port that this node moved to, as long as the configured one is what it was then.
+    pub fn moved_port(&self, configured: u16) -> Option<u16> {
+        self.numbers.moved_port.filter(|moved| moved.configured == configured).map(|moved| moved.port)
+    }
+
+    pub fn set_moved_port(&mut self, configured: u16, port: u16) -> Result<(), StateError> {
+        self.store_numbers(Numbers { moved_port: Some(MovedPort { configured, port }), ..self.numbers.clone() })
     }
 
     /// Since when each prefix is announced, and when that was stored (Unix milliseconds).

@@ -8,6 +8,7 @@
 mod readme {
     pub(crate) mod markdown;
     pub(crate) mod node;
+    pub(crate) mod relayed;
     pub(crate) mod troubles;
 }
 
@@ -20,7 +21,7 @@ use mesh_common::config::Config;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use readme::markdown::{self, compare};
-use readme::{node, troubles};
+use readme::{node, relayed, troubles};
 
 /// The parts whose errors come from a discovery server, or from a session with one.
 const OF_THE_SERVER: [&str; 2] = ["Reaching a discovery server", "Running a discovery server"];
@@ -35,6 +36,18 @@ async fn every_error_it_quotes_is_said_and_every_error_said_here_is_quoted() {
     said.extend(troubles::of_the_host().await);
     said.extend(node::troubles());
     compare(quoted.map(|block| block.text).collect(), said);
+}
+
+#[test]
+fn the_relayed_pair_that_it_explains_is_explained_so() {
+    let shown: Vec<_> = markdown::blocks()
+        .into_iter()
+        .filter(|block| block.chapter == "NATs, firewalls and relays" && block.language == "text")
+        .collect();
+    let [block] = shown.as_slice() else { panic!("there are {} answers of status --why", shown.len()) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    assert_eq!(block.text, relayed::why());
 }
 
 #[test]
@@ -155,7 +168,7 @@ async fn every_metric_of_the_agent_that_it_names_is_served() {
 #[test]
 fn every_counter_that_it_names_is_counted() {
     let counted = node::counters();
-    for start in ["drop_", "record_refused: ", "session_"] {
+    for start in ["drop_", "record_refused: ", "session_", "probe_", "relayed_", "stun_"] {
         let named = markdown::spans(start);
         assert!(!named.is_empty(), "{start}");
         for name in named.iter().filter(|name| *name != start) {

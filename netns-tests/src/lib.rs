@@ -31,6 +31,7 @@ pub mod roaming;
 pub mod snapshot;
 pub mod traffic;
 pub mod wait;
+pub mod wireguard;
 
 pub use capture::{Capture, Counts, Marker, Watch};
 pub use host::Host;

@@ -32,7 +32,7 @@ use mesh_proto::{
     wire::{
         frame::Frame,
         record::Record,
-        session::{ServerMessage, Welcome},
+        session::{Cursor, ServerMessage, Welcome},
     },
 };
 use netns_tests::{
@@ -399,6 +399,66 @@ fn what_a_lying_server_says_is_counted_and_changes_nothing() {
         assert_eq!(status["servers"][0]["state"], "connected", "{status:#}");
         assert_eq!(status["peers"].as_array().unwrap().len(), 1, "{status:#}");
         assert_eq!(status["node"]["state"], "running", "{status:#}");
+    }
+}
+
+/// How long a hostile relay is at it while packets are counted.
+const HOSTILE_FOR: Duration = Duration::from_secs(3);
+
+#[test]
+fn a_relay_that_lies_costs_counters_and_no_packet_of_a_direct_path() {
+    let name = "a_relay_that_lies_costs_counters_and_no_packet_of_a_direct_path";
+    let Some(binaries) = enter_or_skip(name).unwrap() else {
+        return;
+    };
+    let options = MeshOptions { nodes: 2, pods_per_node: 1, ..MeshOptions::default() };
+    let mut mesh = Mesh::build(&binaries, &options).unwrap();
+    mesh.start_server().unwrap();
+    let hostile = Hostile::start_relay(&mesh.server.host, mesh.server.address, 7444);
+    for node in &mut mesh.nodes {
+        // Before the good one: the first relay that lists a peer is taken.
+        node.config.discovery.insert(0, hostile.address.clone());
+        node.write_config().unwrap();
+    }
+    mesh.start_nodes().unwrap();
+    mesh.wait_until_formed().unwrap();
+    wait::until_true("both nodes to trust the liar", SOON, || Ok(hostile.sessions() >= 2 && hostile.put().len() >= 2))
+        .unwrap();
+    let list = || {
+        hostile.put().into_iter().for_each(|frame| hostile.say_frame(frame.as_bytes().clone()));
+        hostile.say(&ServerMessage::Synced(Cursor { server_instance: 1, version: 2 }));
+    };
+    list();
+
+    let stream = traffic(&mesh);
+    let is_direct = wait::until_true("a direct path", SOON, || {
+        let path = |node: &Node| Ok(node.status_json()?["peers"][0]["path"]["tier"].clone());
+        Ok(mesh.nodes.iter().map(path).collect::<anyhow::Result<Vec<Value>>>()?.iter().all(|tier| tier == "direct"))
+    });
+    mesh.nodes[0].explain(is_direct).unwrap();
+    // What was lost while the liar was the only way does not count.
+    drop(stream);
+    let stream = traffic(&mesh);
+    let start = std::time::Instant::now();
+    wait::until_true("lies", HOSTILE_FOR * 2, || {
+        list();
+        for (from, to) in mesh.pairs() {
+            let mut ping = from.command("ping");
+            ping.args(["--via", "relay", "--count", "1", &to.config.host_name]);
+            from.run_to_end(ping)?;
+        }
+        hostile.put().iter().for_each(|frame| hostile.say(&ServerMessage::Gone(frame.node())));
+        Ok(start.elapsed() >= HOSTILE_FOR)
+    })
+    .unwrap();
+    assert!(hostile.relayed() > 0, "nothing went over the liar");
+    undisturbed(stream);
+    for node in &mesh.nodes {
+        let status = node.status_json().unwrap();
+        assert_eq!(status["node"]["state"], "running", "{status:#}");
+        assert_eq!(status["peers"].as_array().unwrap().len(), 1, "gone is a hint: {status:#}");
+        assert_eq!(status["peers"][0]["path"]["tier"], "direct", "{status:#}");
+        assert!(counted(node, "relayed_unknown_sender") > 0, "{status:#}");
     }
 }
 

@@ -7,21 +7,19 @@
 
 use std::{
     fs,
-    io::{Read, Write},
     net::{IpAddr, SocketAddr},
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
 
-use data_encoding::{BASE64, HEXLOWER};
+use data_encoding::BASE64;
 use netns_tests::{
     Host, Mesh, MeshOptions, isolation,
     mesh::{enter_or_skip, node::Node},
-    process::Process,
     traffic::{UdpStream, UdpTotals, first_reply},
     wait,
+    wireguard::{Device, Peer},
 };
 
 const NAME: &str = "wireguard_go_as_a_static_peer";
@@ -88,6 +86,7 @@ enum Starter {
 struct Pair<'a> {
     node: &'a mut Node,
     device: Device,
+    psk: [u8; 32],
     /// The address behind the device.
     address: IpAddr,
     starter: Starter,
@@ -99,13 +98,17 @@ impl<'a> Pair<'a> {
             Starter::Agent => 1,
             Starter::Device => 2,
         };
-        let device = Device::start(host, program, number, scratch);
+        let name = Device::name(number);
+        let mut command = Command::new(program);
+        command.args(["-f", &name]);
+        let device = Device::start(host, command, &name, PORT, &scratch.join(format!("log-{number}"))).unwrap();
         let address: IpAddr = format!("10.50.0.{number}").parse().unwrap();
         host.add_address(&device.name, ipnet::IpNet::new(address, 32).unwrap()).unwrap();
         host.set_mtu(&device.name, 1420).unwrap();
         host.set_up(&device.name, true).unwrap();
+        let psk = random();
         let psk_file = scratch.join(format!("psk-{number}"));
-        netns_tests::mesh::config::write_private(&psk_file, &(BASE64.encode(&device.psk) + "\n")).unwrap();
+        netns_tests::mesh::config::write_private(&psk_file, &(BASE64.encode(&psk) + "\n")).unwrap();
         // The hosts are the third and the fourth: sites 3 and 4.
         let endpoint = format!("    endpoint: 10.0.{}.2:{PORT}", number + 2);
         let mut peer = vec![
@@ -119,7 +122,7 @@ impl<'a> Pair<'a> {
             peer.push("    keepalive: 5s".to_owned());
         }
         node.config.more_mesh = peer;
-        Self { node, device, address, starter }
+        Self { node, device, psk, address, starter }
     }
 
     /// Starts the agent, tells the device about it and has the first packet answered.
@@ -136,7 +139,14 @@ impl<'a> Pair<'a> {
         let json = self.node.status_json().unwrap();
         let key = BASE64.decode(json["node"]["public_key"].as_str().unwrap().as_bytes()).unwrap();
         let endpoint = SocketAddr::new(self.node.address, self.node.config.listen_port);
-        self.device.know(&key, &overlay.into(), (self.starter == Starter::Device).then_some(endpoint));
+        let speaks_first = self.starter == Starter::Device;
+        let peer = Peer {
+            preshared_key: Some(self.psk),
+            endpoint: speaks_first.then_some(endpoint),
+            keepalive: speaks_first.then_some(5),
+            ..Peer::new(key.try_into().unwrap(), IpAddr::from(overlay).into())
+        };
+        self.device.know(&peer).unwrap();
         self.device
             .host
             .add_route(
@@ -154,7 +164,7 @@ impl<'a> Pair<'a> {
 
     /// Data both ways all the time, until some time after the rekey.
     fn carry_without_pause(&self, start: Instant) {
-        let first = self.device.last_handshake();
+        let first = self.device.last_handshake().unwrap();
         let streams = self.streams();
         let rekeyed = self.wait_rekeyed(first, start);
         wait::until_true("data after the rekey", AFTER_REKEY * 2, || Ok(rekeyed.elapsed() >= AFTER_REKEY)).unwrap();
@@ -165,7 +175,7 @@ impl<'a> Pair<'a> {
 
     /// Bursts both ways with pauses between, until some time after the rekey.
     fn carry_in_bursts(&self, start: Instant) {
-        let first = self.device.last_handshake();
+        let first = self.device.last_handshake().unwrap();
         let mut rekeyed: Option<Instant> = None;
         for round in 0.. {
             let streams = self.streams();
@@ -174,7 +184,7 @@ impl<'a> Pair<'a> {
             for (way, stream) in streams {
                 judge(&format!("burst {round}"), way, &stream.stop().unwrap());
             }
-            if self.device.last_handshake() > first {
+            if self.device.last_handshake().unwrap() > first {
                 let at = *rekeyed.get_or_insert_with(Instant::now);
                 if at.elapsed() >= AFTER_REKEY {
                     return;
@@ -203,7 +213,7 @@ impl<'a> Pair<'a> {
 
     fn wait_rekeyed(&self, first: u64, start: Instant) -> Instant {
         let left = REKEY_WITHIN.saturating_sub(start.elapsed());
-        let rekeyed = wait::until_true("the rekey", left, || Ok(self.device.last_handshake() > first));
+        let rekeyed = wait::until_true("the rekey", left, || Ok(self.device.last_handshake()? > first));
         self.node.explain(rekeyed).unwrap();
         Instant::now()
     }
@@ -216,85 +226,6 @@ fn judge(when: &str, way: &str, totals: &UdpTotals) {
         "{when}, {way}: nothing arrived for {:?} while data was sent: {totals:?}",
         totals.longest_gap
     );
-}
-
-/// A `wireguard-go` process and its interface.
-struct Device {
-    host: Host,
-    name: String,
-    socket: PathBuf,
-    public: [u8; 32],
-    psk: [u8; 32],
-    _process: Process,
-}
-
-impl Device {
-    fn start(host: &Host, program: &Path, number: u8, scratch: &Path) -> Self {
-        // The socket is in a directory that all namespaces share, so the name has to be the lab's own.
-        let name = format!("wg{}-{number}", std::process::id());
-        let mut command = Command::new(program);
-        command.args(["-f", &name]);
-        let mut process = Process::start(host, command, &scratch.join(format!("log-{number}"))).unwrap();
-        let socket = PathBuf::from(format!("/var/run/wireguard/{name}.sock"));
-        wait::until_or_dead("the socket of wireguard-go", SOON, &mut process, Process::check_running, |_| {
-            Ok(UnixStream::connect(&socket).ok().map(drop))
-        })
-        .unwrap();
-        let private = mesh_common::key::WgSecret::from_seed(&random());
-        let device =
-            Self { host: host.clone(), name, socket, public: private.public().0, psk: random(), _process: process };
-        let private = HEXLOWER.encode(private.x25519().as_bytes());
-        device.set(&format!("private_key={private}\nlisten_port={PORT}\n"));
-        device
-    }
-
-    fn know(&self, key: &[u8], overlay: &IpAddr, endpoint: Option<SocketAddr>) {
-        let mut text = format!(
-            "public_key={}\npreshared_key={}\nallowed_ip={overlay}/32\n",
-            HEXLOWER.encode(key),
-            HEXLOWER.encode(&self.psk)
-        );
-        if let Some(endpoint) = endpoint {
-            text += &format!("endpoint={endpoint}\npersistent_keepalive_interval=5\n");
-        }
-        self.set(&text);
-    }
-
-    fn set(&self, text: &str) {
-        let answer = self.talk(&format!("set=1\n{text}\n"));
-        assert!(answer.contains("errno=0"), "wireguard-go said {answer:?}");
-    }
-
-    /// In nanoseconds of the device's clock; 0 before the first.
-    fn last_handshake(&self) -> u64 {
-        let answer = self.talk("get=1\n\n");
-        let number = |key: &str| -> u64 {
-            answer.lines().find_map(|line| line.strip_prefix(key)).map_or(0, |value| value.parse().unwrap())
-        };
-        number("last_handshake_time_sec=") * 1_000_000_000 + number("last_handshake_time_nsec=")
-    }
-
-    fn talk(&self, text: &str) -> String {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        stream.write_all(text.as_bytes()).unwrap();
-        let mut answer = Vec::new();
-        let mut block = [0; 4096];
-        // An answer ends with an empty line; the device keeps the connection.
-        while !answer.ends_with(b"\n\n") {
-            let length = stream.read(&mut block).unwrap();
-            assert!(length > 0, "wireguard-go hung up");
-            answer.extend_from_slice(&block[..length]);
-        }
-        String::from_utf8(answer).unwrap()
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        // A killed wireguard-go leaves it.
-        let _ = fs::remove_file(&self.socket);
-    }
 }
 
 fn random() -> [u8; 32] {

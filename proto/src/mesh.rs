@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod desired;
 pub mod members;
+mod path_table;
 pub mod peer;
 pub mod reconcile;
 pub mod settings;

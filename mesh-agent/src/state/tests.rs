@@ -68,9 +68,15 @@ fn numbers_of_an_older_version_are_read_and_nothing_was_announced() {
     state.set_announced(since.clone(), 9).unwrap();
     state.reserve_seq(10).unwrap();
     state.set_claim(None).unwrap();
+    state.set_moved_port(51872, 23456).unwrap();
     drop(state);
     let state = State::open(dir.path()).unwrap();
     assert_eq!((state.reserved_seq(), state.claim(), state.announced()), (10, None, (&since, 9)));
+    assert_eq!(
+        (state.moved_port(51872), state.moved_port(51873)),
+        (Some(23456), None),
+        "another one is configured now"
+    );
 }
 
 #[test]

@@ -67,6 +67,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
             public_key: view.wg_public.to_string(),
             overlay_v4: view.overlay_v4,
             overlay_v6: Some(view.overlay_v6),
+            listen_port: view.listen_port,
             state,
             namespace: Some(view.namespace.to_string()),
             problems,
@@ -82,7 +83,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
 
 /// How the network looks from here; complete when no answer is awaited any more.
 pub fn netcheck(facts: &Facts<'_>, is_complete: bool) -> Netcheck {
-    Netcheck { is_complete, listen_port: facts.config.mesh.listen_port, net: net(facts.view), servers: servers(facts) }
+    Netcheck { is_complete, listen_port: facts.view.listen_port, net: net(facts.view), servers: servers(facts) }
 }
 
 /// The mesh is off.
@@ -339,12 +340,15 @@ fn prefix_status(prefix: ipnet::IpNet, verdict: &Verdict) -> PrefixStatus {
     PrefixStatus { prefix, state, detail }
 }
 
-/// Names are stable: `drop_*` for packets, `record_refused_*` for records.
+/// Names are stable: `drop_*` for packets, `record_refused: *` for records, `probe_*` and `relayed_*` for probes and what came
+/// through relays.
 fn counters(facts: &Facts<'_>) -> BTreeMap<String, u64> {
     let drops = facts.engine.drops.iter().map(|(name, count)| (format!("drop_{name}"), *count));
     let refused = facts.view.rejected.iter().map(|(why, count)| (format!("record_refused: {why}"), *count));
+    let probes = facts.view.dropped_probes.iter().map(|(why, count)| (why.clone(), *count));
     let malformed = ("session_messages_malformed".to_owned(), facts.view.malformed);
-    drops.chain(refused).chain([malformed]).collect()
+    let stun = ("stun_rejected".to_owned(), facts.view.stun_rejected);
+    drops.chain(refused).chain(probes).chain([malformed, stun]).collect()
 }
 
 fn micros(duration: Duration) -> u64 {

@@ -17,17 +17,20 @@ use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 use mesh_proto::device::PeerCounters;
 use mesh_proto::discovery::client::ClientState;
-use mesh_proto::mesh::agent::{PeerView, ServerView, View};
+use mesh_proto::mesh::agent::{Dropped, PeerView, ServerView, View};
 use mesh_proto::mesh::members::{RejectedShape, Rejection};
 use mesh_proto::mesh::peer::Verdict;
-use mesh_proto::net::report::Report;
-use mesh_proto::path::agent::PathState;
+use mesh_proto::net::report::{FamilyReport, Report};
+use mesh_proto::path::agent::{PathAgent, PathState};
 use mesh_proto::sealed::OpenError;
 
 /// Every way to be degraded that a host does not have to be broken for, and a peer for each odd prefix.
 pub(crate) fn status() -> Status {
-    let dialer = Dialer::new().unwrap();
     let now = Instant::from_origin(Duration::from_secs(1000));
+    shown(&view(now), true, now)
+}
+
+fn view(now: Instant) -> View {
     let verdicts = [
         Verdict::LocalOverlap { subnet: "10.0.0.0/24".parse().unwrap(), link: "eth0".to_owned() },
         Verdict::OwnedBy(NodeId([0x3f; 32])),
@@ -49,13 +52,14 @@ pub(crate) fn status() -> Status {
         prefixes: verdicts.map(|verdict| ("10.0.0.7/32".parse().unwrap(), verdict)).into(),
         last_evidence: None,
     };
-    let view = View {
-        dropped_probes: BTreeMap::new(),
+    View {
+        dropped_probes: Dropped::ALL.map(|why| (why.to_string(), 1)).into(),
         node: NodeId([3; 32]),
         namespace: Namespace([4; 32]),
         wg_public: WgPublicKey([5; 32]),
         overlay_v6: "fd00::1".parse().unwrap(),
         overlay_v4: None,
+        listen_port: 51872,
         published_seq: None,
         servers: vec![ServerView {
             name: "disc.example:443".to_owned(),
@@ -72,11 +76,31 @@ pub(crate) fn status() -> Status {
         clone_seen: true,
         rejected: rejections().into_iter().map(|why| (why, 1)).collect(),
         malformed: 1,
+    }
+}
+
+/// The same node with one healthy server and a peer that somebody talks to, over this path.
+pub(crate) fn in_use(path: &PathAgent, own_nat: NatClass, peer_nat: NatClass, now: Instant) -> Status {
+    let mut view = view(now);
+    view.servers[0] = ServerView { state: ClientState::Live, detail: None, relays: true, ..view.servers[0].clone() };
+    view.net.v4 = FamilyReport { nat: own_nat, ..view.net.v4 };
+    view.rp_filter_denied.clear();
+    view.clone_seen = false;
+    view.peers[0] = PeerView {
+        state: Some(path.state(now)),
+        path: Some(path.view(now)),
+        nat: [peer_nat, NatClass::default()],
+        ..view.peers[0].clone()
     };
+    shown(&view, false, now)
+}
+
+fn shown(view: &View, is_state_dir_failing: bool, now: Instant) -> Status {
+    let dialer = Dialer::new().unwrap();
     let counters = |_: &WgPublicKey| PeerCounters { last_handshake: Some(now), ..PeerCounters::default() };
     fill::running(&fill::Facts {
         config: &Config::parse("").unwrap(),
-        view: &view,
+        view,
         carriers: &Carriers::new(dialer),
         counters: &counters,
         engine: &drops(),
@@ -84,7 +108,7 @@ pub(crate) fn status() -> Status {
         started_at_ms: 0,
         is_ready: true,
         host_problem: None,
-        is_state_dir_failing: true,
+        is_state_dir_failing,
         now,
     })
 }

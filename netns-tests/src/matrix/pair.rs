@@ -32,6 +32,8 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 const SETTLED: Duration = Duration::from_millis(1500);
 /// A start, a snapshot and one complete look at the own NAT take less.
 const SETTLED_WITHIN: Duration = Duration::from_secs(20);
+/// Of two nodes with one port behind one router one starts anew on another.
+const MOVED_WITHIN: Duration = Duration::from_secs(10);
 
 /// A look at all evidence costs some.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -100,7 +102,35 @@ impl Bench {
         };
         self.place(&kinds, &places)?;
         self.start(2)?;
+        if let Pair::SameNat(_) = pair {
+            self.start_again_on_own_ports(2, [0, 1])?;
+        }
         self.wait_until_idle(2)
+    }
+
+    /// Of two nodes behind one router one has started anew on another port, and greeted the rest: starts the first `nodes` once
+    /// more as strangers, on the ports that they have by then, and gives those of the two.
+    pub fn start_again_on_own_ports(&mut self, nodes: usize, sharing: [usize; 2]) -> Result<[u16; 2]> {
+        let ports = self.wait_for_own_ports(sharing)?;
+        let secret = config::new_secret()?;
+        for node in self.nodes.iter_mut().take(nodes) {
+            node.stop()?;
+            node.forget_members(&secret)?;
+        }
+        self.nodes.iter_mut().take(nodes).try_for_each(Node::start)?;
+        Ok(ports)
+    }
+
+    /// Until two nodes behind one router have moved to different ports; gives them.
+    pub fn wait_for_own_ports(&self, nodes: [usize; 2]) -> Result<[u16; 2]> {
+        let (ports, _) = wait::until("the two nodes to be on ports of their own", MOVED_WITHIN, || {
+            let mut ports = [0; 2];
+            for (port, node) in ports.iter_mut().zip(nodes) {
+                *port = self.nodes[node].status()?.node.listen_port;
+            }
+            Ok(Some(ports).filter(|ports| ports[0] != ports[1]))
+        })?;
+        Ok(ports)
     }
 
     /// Ends the agents, has the first sites become of these kinds, and puts the first nodes at these places.

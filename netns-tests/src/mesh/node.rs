@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use nix::sys::signal::Signal;
+use nix::{sys::signal::Signal, unistd::Pid};
 use serde::Deserialize;
 
 use crate::{
@@ -26,6 +26,8 @@ use crate::{
 
 const WIREGUARD_PORT: u16 = 51872;
 const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// Where an agent remembers whom it met, in its state directory.
+const MEMBERS: [&str; 4] = ["cache.bin", "cache.bin.prev", "marks.json", "marks.json.prev"];
 /// The places of an installed agent; one in the lab is told to use others and must leave these alone.
 pub(crate) const INSTALLED: [&str; 3] = ["/etc/meshspan", "/run/meshspan", "/var/lib/meshspan"];
 
@@ -97,7 +99,8 @@ pub struct StatusPeer {
 }
 
 impl Node {
-    pub(crate) fn new(binaries: &Binaries, host: Host, dir: &Path, address: IpAddr, secret: &str) -> Result<Self> {
+    /// A node with its files below `dir` and an address of `host`; the secret is that of its cluster.
+    pub fn new(binaries: &Binaries, host: Host, dir: &Path, address: IpAddr, secret: &str) -> Result<Self> {
         for part in ["etc", "run", "log"] {
             fs::create_dir_all(dir.join(part))?;
         }
@@ -167,6 +170,18 @@ impl Node {
             }
         }
         self.overlay = None;
+        write_private(&self.config.secret_file, secret)
+    }
+
+    /// Becomes a member of the cluster with this secret, whom nobody has met, and stays the node that it is otherwise. The
+    /// agent must not run.
+    pub fn forget_members(&mut self, secret: &str) -> Result<()> {
+        for file in MEMBERS {
+            match fs::remove_file(self.state_dir().join(file)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+        }
         write_private(&self.config.secret_file, secret)
     }
 
@@ -240,6 +255,11 @@ impl Node {
         self.config.enabled = enabled;
         self.write_config()?;
         self.reload()
+    }
+
+    /// The agent's process while it runs.
+    pub fn pid(&self) -> Option<Pid> {
+        self.process.as_ref().map(Process::pid)
     }
 
     pub fn check_running(&mut self) -> Result<()> {

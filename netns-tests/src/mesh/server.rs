@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Result;
+use nix::unistd::Pid;
 
 use crate::{Host, binaries::Binaries, mesh::config::ServerAddress, process::Process, wait};
 
@@ -33,13 +34,8 @@ pub struct Server {
 }
 
 impl Server {
-    pub(crate) fn new(
-        binaries: &Binaries,
-        host: Host,
-        dir: &Path,
-        address: IpAddr,
-        ttl: Option<Duration>,
-    ) -> Result<Self> {
+    /// A server at an address of `host`, with its files in `dir`.
+    pub fn new(binaries: &Binaries, host: Host, dir: &Path, address: IpAddr, ttl: Option<Duration>) -> Result<Self> {
         fs::create_dir_all(dir)?;
         Ok(Self {
             host,
@@ -99,6 +95,11 @@ impl Server {
     /// Removes its TLS key: the next start makes another.
     pub fn forget_key(&self) -> Result<()> {
         Ok(fs::remove_dir_all(self.dir.join("state"))?)
+    }
+
+    /// Its process while it runs.
+    pub fn pid(&self) -> Option<Pid> {
+        self.process.as_ref().map(Process::pid)
     }
 
     pub fn is_running(&self) -> bool {

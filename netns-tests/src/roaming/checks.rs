@@ -120,13 +120,7 @@ pub fn relay_restart(bench: &mut Bench) -> Result<Outcome> {
 pub fn same_port_behind_one_nat(bench: &mut Bench) -> Result<Outcome> {
     bench.place(&[Kind::EimApdf, Kind::EimApdf], &[LEFT, RIGHT, SECOND])?;
     bench.start(3)?;
-    bench.wait_until_idle(3)?;
-    let ports = |bench: &Bench| -> Result<[u16; 2]> {
-        Ok([bench.nodes[0].status()?.node.listen_port, bench.nodes[2].status()?.node.listen_port])
-    };
-    let (moved, _) = wait::until("the two nodes to be on ports of their own", CARRIED_WITHIN, || {
-        Ok(Some(ports(bench)?).filter(|ports| ports[0] != ports[1]))
-    })?;
+    let moved = bench.start_again_on_own_ports(3, [0, 2])?;
     bench.wait_until_idle(3)?;
     let mut outcome = Outcome { gap: Duration::ZERO, bound: DIRECT_P95, lost: 0 };
     for (node, place) in [(0, LEFT), (2, SECOND)] {
@@ -142,7 +136,7 @@ pub fn same_port_behind_one_nat(bench: &mut Bench) -> Result<Outcome> {
         bench.nodes[node].stop()?;
         bench.nodes[node].start()?;
     }
-    let kept = wait::until("the agents to be back", CARRIED_WITHIN, || Ok(ports(bench).ok()))?.0;
+    let kept = bench.wait_for_own_ports([0, 2])?;
     ensure!(kept == moved, "after a restart the ports are {kept:?}, before they were {moved:?}");
     Ok(outcome)
 }

@@ -1,6 +1,9 @@
-//! A discovery server that lies: it accepts every proof and says whatever a test tells it to say.
+//! A discovery server that lies: it accepts every proof and says whatever a test tells it to say. As a relay it loses every
+//! third datagram, turns the order around, repeats, alters, gives to the wrong node and denies that the right one is there.
 
 use std::{
+    collections::BTreeMap,
+    mem,
     net::{IpAddr, SocketAddr, UdpSocket},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
@@ -9,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use mesh_common::limits::MAX_MESSAGE;
+use mesh_common::{id::NodeId, limits::MAX_MESSAGE};
 use mesh_proto::wire::{
     frame::Frame,
     session::{ALPN, ClientMessage, Cursor, Deframer, ServerMessage, Welcome, enframe},
@@ -30,6 +33,10 @@ pub(crate) struct Hostile {
 
 #[derive(Default)]
 struct Said {
+    /// It offers to relay.
+    relays: bool,
+    /// Relayed datagrams so far, and what waits for each node.
+    relayed: Mutex<(u64, BTreeMap<NodeId, Vec<ServerMessage>>)>,
     script: Mutex<Script>,
     /// Frames that agents put.
     put: Mutex<Vec<Frame>>,
@@ -45,8 +52,20 @@ struct Script {
     from: usize,
 }
 
+/// Nobody that a node knows.
+const STRANGER: NodeId = NodeId([0x5a; 32]);
+
 impl Hostile {
     pub(crate) fn start(host: &Host, at: IpAddr, port: u16) -> Self {
+        Self::start_as(host, at, port, false)
+    }
+
+    /// One that relays, in its way.
+    pub(crate) fn start_relay(host: &Host, at: IpAddr, port: u16) -> Self {
+        Self::start_as(host, at, port, true)
+    }
+
+    fn start_as(host: &Host, at: IpAddr, port: u16, relays: bool) -> Self {
         let key = rcgen::KeyPair::generate().unwrap();
         let certificate = rcgen::CertificateParams::new(vec!["hostile.example".to_owned()]).unwrap();
         let certificate = certificate.self_signed(&key).unwrap();
@@ -56,7 +75,7 @@ impl Hostile {
             .with_single_cert(vec![certificate.der().clone()], rustls_key(&key))
             .unwrap();
         tls.alpn_protocols = vec![ALPN.as_bytes().to_vec()];
-        let said = Arc::new(Said::default());
+        let said = Arc::new(Said { relays, ..Said::default() });
         let socket = host.inside(|| Ok(UdpSocket::bind((at, port))?)).unwrap();
         let thread = host.start_inside({
             let said = Arc::clone(&said);
@@ -98,6 +117,11 @@ impl Hostile {
         lock(&self.said.put).clone()
     }
 
+    /// Datagrams that agents had it relay so far.
+    pub(crate) fn relayed(&self) -> u64 {
+        lock(&self.said.relayed).0
+    }
+
     /// Sessions so far.
     pub(crate) fn sessions(&self) -> u32 {
         *lock(&self.said.sessions)
@@ -137,6 +161,7 @@ async fn session(incoming: quinn::Incoming, said: &Said) -> Result<()> {
     let (mut send, mut receive) = connection.accept_bi().await?;
     let mut deframer = Deframer::default();
     let mut told = None;
+    let mut node = None;
     let mut look = tokio::time::interval(LOOK);
     loop {
         tokio::select! {
@@ -148,8 +173,9 @@ async fn session(incoming: quinn::Incoming, said: &Said) -> Result<()> {
                         continue;
                     }
                     match ClientMessage::decode(&message)? {
-                        ClientMessage::Hello(_) => {
-                            for message in welcome(connection.remote_address()) {
+                        ClientMessage::Hello(hello) => {
+                            node = Some(hello.node);
+                            for message in welcome(connection.remote_address(), said.relays) {
                                 send.write_chunk(enframe(&message.encode())).await?;
                             }
                             told = Some(lock(&said.script).from);
@@ -160,14 +186,25 @@ async fn session(incoming: quinn::Incoming, said: &Said) -> Result<()> {
                             send.write_chunk(enframe(&ServerMessage::Stored { seq: frame.seq() }.encode())).await?;
                             lock(&said.put).push(frame);
                         }
-                        ClientMessage::Watch(_) | ClientMessage::Relay { .. } => {}
+                        ClientMessage::Watch(_) => {}
+                        ClientMessage::Relay { to, payload } => mishandle(said, node, to, payload),
                         ClientMessage::Ping(number) => {
                             send.write_chunk(enframe(&ServerMessage::Pong(number).encode())).await?;
                         }
                     }
                 }
             }
+            datagram = connection.read_datagram() => {
+                if let ClientMessage::Relay { to, payload } = ClientMessage::decode(&datagram?)? {
+                    mishandle(said, node, to, payload);
+                }
+            }
             _ = look.tick() => {
+                let waiting = node.and_then(|node| lock(&said.relayed).1.get_mut(&node).map(mem::take));
+                for message in waiting.into_iter().flatten().rev() {
+                    // What does not fit is lost, too.
+                    let _ = connection.send_datagram(message.encode());
+                }
                 let Some(told) = &mut told else { continue };
                 let more = lock(&said.script).messages.get(*told..).map(<[Bytes]>::to_vec).unwrap_or_default();
                 *told += more.len();
@@ -179,7 +216,27 @@ async fn session(incoming: quinn::Incoming, said: &Said) -> Result<()> {
     }
 }
 
-fn welcome(observed: SocketAddr) -> [ServerMessage; 3] {
+fn mishandle(said: &Said, from: Option<NodeId>, to: NodeId, payload: Bytes) {
+    let Some(from) = from else { return };
+    let mut relayed = lock(&said.relayed);
+    let (count, waiting) = &mut *relayed;
+    *count += 1;
+    let mut altered = payload.to_vec();
+    if let Some(byte) = altered.get_mut(20) {
+        *byte ^= 1;
+    }
+    let to_sender = waiting.entry(from).or_default();
+    to_sender.push(ServerMessage::NoPeer(to));
+    to_sender.push(ServerMessage::Relayed { from: to, payload: payload.clone() });
+    let to_receiver = waiting.entry(to).or_default();
+    to_receiver.push(ServerMessage::Relayed { from: STRANGER, payload: payload.clone() });
+    to_receiver.push(ServerMessage::Relayed { from, payload: altered.into() });
+    if *count % 3 != 0 {
+        to_receiver.extend([(); 2].map(|()| ServerMessage::Relayed { from, payload: payload.clone() }));
+    }
+}
+
+fn welcome(observed: SocketAddr, relay: bool) -> [ServerMessage; 3] {
     [
         ServerMessage::Welcome(Welcome {
             server_instance: 1,
@@ -187,7 +244,7 @@ fn welcome(observed: SocketAddr) -> [ServerMessage; 3] {
             stun_ports: Vec::new(),
             slot_ttl: Duration::from_secs(120),
             max_slots: 1024,
-            relay: false,
+            relay,
             stun_alt: Vec::new(),
         }),
         ServerMessage::Restart,

@@ -325,7 +325,8 @@ impl Host {
                     AgentEvent::Relayed { server, peer, datagram } => {
                         self.engine.receive_relayed(&datagram, server, &peer, now);
                     }
-                    AgentEvent::Echoed { .. } => {}
+                    // A move is a new start, and those are the scenario's to plan.
+                    AgentEvent::Echoed { .. } | AgentEvent::MovePort(_) => {}
                     AgentEvent::Apply(actions) => effects.push(Effect::Apply(actions)),
                     AgentEvent::Stopped => effects.push(Effect::Stopped),
                 }

@@ -84,6 +84,8 @@ pub struct World {
     server_wakes: Vec<Option<Instant>>,
     faults: Vec<(Duration, Fault)>,
     last_fault: Instant,
+    /// Hosts that are to join again as soon as they have left.
+    joins_again: BTreeSet<usize>,
     contested: BTreeSet<ipnet::IpNet>,
     replayer: bool,
     old_frames: Vec<Bytes>,
@@ -97,7 +99,11 @@ pub struct World {
 
 /// Runs a seed to its end.
 pub fn run(options: Options) -> Outcome {
-    let mut world = World::new(Scenario::new(options), options.seed);
+    play(Scenario::new(options), options.seed)
+}
+
+fn play(scenario: Scenario, seed: u64) -> Outcome {
+    let mut world = World::new(scenario, seed);
     while !world.finished {
         let Some(event) = world.clock.advance() else {
             break;
@@ -158,6 +164,7 @@ impl World {
             server_wakes: vec![None; scenario.servers],
             faults: scenario.faults,
             last_fault,
+            joins_again: BTreeSet::new(),
             contested: scenario.contested,
             replayer: scenario.replayer,
             old_frames: Vec::new(),
@@ -500,4 +507,21 @@ impl World {
 
 fn number(host: usize) -> u16 {
     u16::try_from(host).expect("a run has few hosts")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A farewell takes as long as the servers and the host need for it, and nobody who says "join" meanwhile is forgotten.
+    #[test]
+    fn a_host_that_is_to_join_again_before_it_has_left_joins_when_it_has() {
+        let options = Options { seed: 1, agents: 3, sabotage: None };
+        let leave = Fault::Leave { host: 1, lasts: Duration::from_millis(1) };
+        let at = Duration::from_secs(5);
+        let scenario = Scenario { faults: vec![(at, leave)], last_fault: at, ..Scenario::new(options) };
+        let outcome = play(scenario, options.seed);
+        assert_eq!(outcome.violations, []);
+        assert!(outcome.settled_after.is_some());
+    }
 }

@@ -1,4 +1,4 @@
-//! The simulated mesh over many seeds. `MESHSPAN_SEED=N` runs one of them.
+//! The simulated mesh over many seeds. `MESHSPAN_SEED=N` runs one of them, `MESHSPAN_SEED=N..M` others.
 // A run has one thread and no environment; the test that starts many of them has both.
 #![allow(clippy::unwrap_used, clippy::disallowed_types, clippy::disallowed_methods)]
 
@@ -38,9 +38,13 @@ fn complaint(outcome: &Outcome) -> Option<String> {
 
 #[test]
 fn every_pair_talks_again_within_30_seconds_and_no_rule_is_broken() {
-    let only = std::env::var("MESHSPAN_SEED").ok();
-    let only: Option<u64> = only.map(|seed| seed.parse().expect("MESHSPAN_SEED is a number"));
-    let seeds = only.map_or(0..SEEDS, |seed| seed..seed + 1);
+    let seeds = std::env::var("MESHSPAN_SEED").map_or(0..SEEDS, |words| {
+        let number = |word: &str| word.parse().expect("MESHSPAN_SEED is a number, or two with .. between");
+        match words.split_once("..") {
+            Some((first, end)) => number(first)..number(end),
+            None => number(&words)..number(&words) + 1,
+        }
+    });
     let next = AtomicU64::new(seeds.start);
     let outcomes = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(2, usize::from);

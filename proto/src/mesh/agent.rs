@@ -18,10 +18,12 @@ use mesh_common::time::Instant;
 use crate::device::{Action, Endpoint, Family, Observed, PeerReport, PeerRoute, Route, RouteKind, SocketId};
 use crate::discovery::client::Client;
 use crate::mesh::members::Members;
+use crate::mesh::path_table::PathTable;
 use crate::mesh::peer::Peer;
 use crate::mesh::settings::Settings;
 use crate::net::report::NetReport;
 use crate::path::agent::{PathAgent, PathEvent, PathPolicy, PathState};
+use crate::path::hard::Turn;
 use crate::random::SplitMix64;
 use crate::wire::session::SessionError;
 
@@ -30,6 +32,7 @@ mod echo;
 mod guessing;
 mod net;
 mod paths;
+mod port;
 mod publish;
 mod sessions;
 #[cfg(test)]
@@ -37,6 +40,7 @@ mod tests;
 mod view;
 
 pub use echo::{EchoError, EchoId, Via};
+pub use paths::Dropped;
 pub use publish::{Announced, OwnClaim};
 pub use view::{PeerView, ServerView, View};
 
@@ -130,6 +134,9 @@ pub enum AgentEvent {
         rtt: Duration,
     },
     StartHandshake(WgPublicKey),
+    /// Keep this UDP port in the place of the configured one and start anew with it; [`Agent::handle_port_taken`] when this
+    /// host has no such port to give.
+    MovePort(u16),
     /// Carry out these steps in order, then call `handle_applied`.
     Apply(Vec<Action>),
     /// The farewell is said and the host is clean: the machine has nothing left to do.
@@ -156,8 +163,10 @@ pub struct Agent {
     synced_at: Option<Instant>,
     /// What stood on the host before the first step, without a member that accounts for it.
     orphan_floor: BTreeSet<Route>,
-    paths: BTreeMap<WgPublicKey, PathAgent>,
+    paths: PathTable,
     path_policy: PathPolicy,
+    /// Who of the paths may guess ports, and what the others were told.
+    guessing_turns: (Option<WgPublicKey>, Turn),
     probing: paths::Probing,
     /// Paths that had an input since they were last drained.
     stirred: BTreeSet<WgPublicKey>,
@@ -176,6 +185,7 @@ pub struct Agent {
     /// What the shell was last asked to store of it in this run, and when.
     stored_prefixes: Option<(BTreeMap<IpNet, u64>, Instant)>,
     publisher: publish::Publisher,
+    port_move: port::PortMove,
     rp_filter_denied: BTreeSet<String>,
     /// Steps are with the shell.
     applying: bool,
@@ -186,6 +196,8 @@ pub struct Agent {
     retry_at: Option<Instant>,
     /// When what follows from new facts is to be worked out.
     due: Option<Instant>,
+    /// The same for facts about the host and the paths alone: no member is judged anew for them.
+    reconcile_due: Option<Instant>,
     next_tick: Instant,
     leaving: Option<Leaving>,
     clone_seen: bool,
@@ -246,8 +258,9 @@ impl Agent {
             server_facts: BTreeMap::new(),
             synced_at: None,
             orphan_floor: BTreeSet::new(),
-            paths: BTreeMap::new(),
+            paths: PathTable::default(),
             path_policy: start.path_policy,
+            guessing_turns: (None, Turn::None),
             probing: paths::Probing::new(now),
             stirred: BTreeSet::new(),
             echoes: echo::Echoes::default(),
@@ -260,6 +273,7 @@ impl Agent {
             last_run_prefixes: start.announced.held_at(start.unix_ms),
             stored_prefixes: None,
             publisher: publish::Publisher::new(start.last_seq, start.claim),
+            port_move: port::PortMove::default(),
             rp_filter_denied: BTreeSet::new(),
             applying: false,
             last_steps: None,
@@ -268,6 +282,7 @@ impl Agent {
             retry_pause: RETRY_FAILED_STEPS,
             retry_at: None,
             due: Some(now),
+            reconcile_due: None,
             next_tick: now + RECONCILE_INTERVAL,
             leaving: None,
             clone_seen: false,
@@ -368,15 +383,17 @@ impl Agent {
         for (action, error) in failures {
             if let (Action::LoosenRpFilter { link }, true) = (&action, error.not_permitted) {
                 self.rp_filter_denied.insert(link.clone());
+                self.work_out_at(now);
             }
             tracing::warn!(error = %error.text, "a step on this host failed: {}", view::step(&action));
             self.failed.insert(view::step(&action), error.text);
         }
         if !self.applied_once && observed.link.is_some() {
             self.applied_once = true;
-            for (key, path) in self.paths.iter_mut().take(MAX_WAKES) {
-                self.stirred.insert(*key);
-                path.handle_wake(now);
+            let woken: Vec<WgPublicKey> = self.paths.keys().take(MAX_WAKES).copied().collect();
+            for key in woken {
+                self.stirred.insert(key);
+                self.paths.with(&key, |path| path.handle_wake(now));
             }
         }
         self.take_observed(observed, now);
@@ -443,9 +460,7 @@ impl Agent {
         for client in self.clients.values_mut() {
             client.handle_timeout(now);
         }
-        let is_due = |path: &PathAgent| path.poll_timeout().is_some_and(|(at, _)| at <= now);
-        let due: Vec<WgPublicKey> = self.paths.iter().filter(|(_, path)| is_due(path)).map(|(key, _)| *key).collect();
-        for key in due {
+        for key in self.paths.due(now) {
             self.with_path(&key, now, |path| path.handle_timeout(now));
         }
         self.net.handle_timeout(now);
@@ -463,7 +478,7 @@ impl Agent {
         }
         if self.retry_at.is_some_and(|at| now >= at) {
             self.retry_at = None;
-            self.work_out_at(now);
+            self.reconcile_at(now);
         }
         self.settle(now);
     }
@@ -479,9 +494,10 @@ impl Agent {
 
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
         let clients = self.clients.values().filter_map(Client::poll_timeout);
-        let paths = self.paths.values().filter_map(PathAgent::poll_timeout);
         let own = [
+            self.paths.poll_timeout(),
             self.due.map(|at| (at, "work out what new facts mean")),
+            self.reconcile_due.map(|at| (at, "take the host to where it should be")),
             self.retry_at.map(|at| (at, "try failed steps again")),
             self.leaving
                 .and_then(|leaving| leaving.give_up_at)
@@ -491,7 +507,7 @@ impl Agent {
             self.net.poll_timeout(),
             Some((self.next_tick, "compare desired and observed")),
         ];
-        clients.chain(paths).chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
+        clients.chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
     }
 }
 
@@ -502,6 +518,7 @@ impl Agent {
             let real = host.underlay.iter().filter(|link| link.virtual_kind.is_none() && !link.addresses.is_empty());
             real.map(|link| (link.name.clone(), link.addresses.clone())).collect()
         };
+        let is_elsewhere = self.observed.as_ref().is_none_or(|before| before.underlay != observed.underlay);
         let moved = self.observed.as_ref().is_some_and(|before| addresses(before) != addresses(&observed));
         if self.observed.is_none() && !self.clients.is_empty() && !self.settings.allow_down_peer_bypass {
             let floor = observed.routes.iter().filter(|route| route.kind == RouteKind::Unreachable);
@@ -516,12 +533,14 @@ impl Agent {
             for client in self.clients.values_mut() {
                 client.handle_network_changed(now);
             }
-            for (key, path) in &mut self.paths {
-                self.stirred.insert(*key);
-                path.handle_network_changed(now);
-            }
+            self.stirred.extend(self.paths.keys());
+            self.paths.with_each(|_, path| path.handle_network_changed(now));
         }
-        self.work_out_at(now);
+        if is_elsewhere {
+            self.work_out_at(now);
+        } else {
+            self.reconcile_at(now);
+        }
         self.settle(now);
     }
 
@@ -530,9 +549,12 @@ impl Agent {
         self.drain_clients(now);
         self.drain_net(now);
         if self.due.is_some_and(|due| due <= now) {
-            self.due = None;
+            (self.due, self.reconcile_due) = (None, None);
             self.work_out(now);
             self.drain_clients(now);
+        } else if self.reconcile_due.is_some_and(|due| due <= now) {
+            self.reconcile_due = None;
+            self.reconcile(now);
         }
         self.drain_paths(now);
         self.finish_leaving(now);
@@ -546,8 +568,7 @@ impl Agent {
         self.send_probes(now);
         let mut has_silent_path = false;
         for key in std::mem::take(&mut self.stirred) {
-            let Some(path) = self.paths.get_mut(&key) else { continue };
-            while let Some(event) = path.poll_event() {
+            while let Some(event) = self.paths.poll_event(&key) {
                 match event {
                     PathEvent::Route(route) => self.events.push_back(AgentEvent::SetRoute(key, route)),
                     PathEvent::StartHandshake => self.events.push_back(AgentEvent::StartHandshake(key)),
@@ -581,7 +602,7 @@ impl Agent {
         let connected = self.connected();
         let is_heard = !connected.is_empty() || self.clients.is_empty();
         let is_farewell_done = !is_farewell_due || is_heard && self.publisher.is_stored_by(&connected);
-        let is_clean = !self.applying && self.retry_at.is_none() && self.due.is_none();
+        let is_clean = !self.applying && self.retry_at.is_none() && self.due.or(self.reconcile_due).is_none();
         if is_farewell_done && is_clean {
             self.disconnect_servers(now);
             self.leaving = Some(Leaving { give_up_at: None, said: true, stopped: true });
@@ -595,6 +616,10 @@ impl Agent {
 
     fn work_out_at(&mut self, at: Instant) {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
+    }
+
+    fn reconcile_at(&mut self, at: Instant) {
+        self.reconcile_due = Some(self.reconcile_due.map_or(at, |due| due.min(at)));
     }
 
     fn unix_ms(&self, now: Instant) -> u64 {

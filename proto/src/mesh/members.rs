@@ -42,8 +42,10 @@ pub enum Admission {
     },
     /// The frame that is already known.
     Known,
-    /// The known frame, from a server that did not list its node before.
-    Listed,
+    /// The known frame, from a server that did not list its node before; `is_first` when no server did.
+    Listed {
+        is_first: bool,
+    },
     Left,
     /// A frame of our own identity with a number above all that we have used: somebody else made it.
     OwnIdentity {
@@ -86,6 +88,8 @@ pub struct Members {
     own_seq: u64,
     deny: BTreeSet<NodeId>,
     members: BTreeMap<NodeId, Member>,
+    /// Who of the members has which WireGuard key.
+    by_key: BTreeMap<WgPublicKey, NodeId>,
     /// The highest sequence number seen of each node, members or not: nothing older is ever admitted.
     marks: BTreeMap<NodeId, u64>,
     rejected: BTreeMap<Rejection, u64>,
@@ -100,6 +104,7 @@ impl Members {
             own_seq: 0,
             deny: BTreeSet::new(),
             members: BTreeMap::new(),
+            by_key: BTreeMap::new(),
             marks,
             rejected: BTreeMap::new(),
         }
@@ -112,7 +117,9 @@ impl Members {
 
     /// Nodes that are refused from now on; members among them are removed.
     pub fn set_denied(&mut self, deny: BTreeSet<NodeId>) {
-        self.members.retain(|node, _| !deny.contains(node));
+        for node in &deny {
+            self.remove(node);
+        }
         self.deny = deny;
     }
 
@@ -133,9 +140,10 @@ impl Members {
         now: Instant,
     ) -> Result<(NodeId, Admission), Rejection> {
         let (node, admission) = self.admit(bytes, now)?;
-        let is_newly_listed = self.members.get_mut(&node).is_some_and(|member| member.listed_by.insert(server));
-        let is_news = admission == Admission::Known && is_newly_listed;
-        Ok((node, if is_news { Admission::Listed } else { admission }))
+        let Some(member) = self.members.get_mut(&node) else { return Ok((node, admission)) };
+        let is_first = member.listed_by.is_empty();
+        let is_news = member.listed_by.insert(server) && admission == Admission::Known;
+        Ok((node, if is_news { Admission::Listed { is_first } } else { admission }))
     }
 
     /// The whole listing of one server; members it does not list keep standing. Whether it changed who lists whom.
@@ -164,7 +172,8 @@ impl Members {
 
     /// A handshake or authentic traffic spoke for the owner of this key.
     pub fn note_evidence(&mut self, key: &WgPublicKey, now: Instant) {
-        if let Some(member) = self.members.values_mut().find(|member| member.record.wg_key == *key) {
+        let node = self.by_key.get(key);
+        if let Some(member) = node.and_then(|node| self.members.get_mut(node)) {
             member.last_evidence = now;
         }
     }
@@ -178,7 +187,7 @@ impl Members {
         let expired: Vec<_> =
             self.members.iter().filter(|(_, member)| is_expired(member)).map(|(node, _)| *node).collect();
         for node in &expired {
-            self.members.remove(node);
+            self.remove(node);
         }
         expired
     }
@@ -227,7 +236,7 @@ impl Members {
         }
         let opened = sealed::open(&self.keys, &self.cluster_id, &frame)?;
         let Opened::Record(record) = opened else {
-            let is_news = self.members.remove(&node).is_some() || self.marks.get(&node) != Some(&frame.seq());
+            let is_news = self.remove(&node).is_some() || self.marks.get(&node) != Some(&frame.seq());
             self.mark(node, frame.seq());
             return Ok((node, if is_news { Admission::Left } else { Admission::Known }));
         };
@@ -236,26 +245,31 @@ impl Members {
             return Err(Rejection::Stale);
         }
         // Only nodes that share a seed can both prove one key; the smaller id keeps it, whoever came first.
-        let holder =
-            self.members.iter().find(|(other, member)| **other != node && member.record.wg_key == record.wg_key);
-        if let Some(holder) = holder.map(|(other, _)| *other) {
+        if let Some(holder) = self.by_key.get(&record.wg_key).copied().filter(|holder| *holder != node) {
             if holder < node {
                 return Err(Rejection::KeyTaken);
             }
-            self.members.remove(&holder);
+            self.remove(&holder);
         }
         if !self.members.contains_key(&node) && self.members.len() >= MAX_MEMBERS {
             return Err(Rejection::TooMany);
         }
         self.mark(node, frame.seq());
-        let previous = self.members.remove(&node);
+        let previous = self.remove(&node);
         let admission = match &previous {
             None => Admission::New,
             Some(previous) => Admission::Updated { restarted: previous.record.instance != record.instance },
         };
         let listed_by = previous.map(|previous| previous.listed_by).unwrap_or_default();
+        self.by_key.insert(record.wg_key, node);
         self.members.insert(node, Member { record: *record, frame, last_evidence: now, listed_by });
         Ok((node, admission))
+    }
+
+    fn remove(&mut self, node: &NodeId) -> Option<Member> {
+        let member = self.members.remove(node)?;
+        self.by_key.remove(&member.record.wg_key);
+        Some(member)
     }
 
     fn judge_own(&self, frame: &Frame) -> Result<(NodeId, Admission), Rejection> {

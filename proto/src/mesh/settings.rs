@@ -16,6 +16,7 @@ pub struct Settings {
     pub host_name: HostName,
     pub servers: Vec<ServerSettings>,
     pub link_name: String,
+    /// In use: the configured one, or the one that this node moved to.
     pub listen_port: u16,
     pub mtu: u16,
     pub overlay_v4_pool: Ipv4Net,

@@ -78,7 +78,10 @@ pub struct Remotes {
 impl Remotes {
     /// The candidates of the peer's record.
     pub fn announce(&mut self, candidates: &[Candidate]) -> Change {
-        let announced = usable(candidates);
+        if usable(candidates).eq(self.announced.iter().copied()) {
+            return Change::None;
+        }
+        let announced: Vec<Remote> = usable(candidates).collect();
         let change = Change::between(&self.announced, &announced, &self.called);
         self.announced = announced;
         change
@@ -86,7 +89,7 @@ impl Remotes {
 
     /// The candidates of the peer's last call, fresher than those of its record.
     pub fn call(&mut self, candidates: &[Candidate]) -> Change {
-        let called = usable(candidates);
+        let called: Vec<Remote> = usable(candidates).collect();
         let change = Change::between(&self.called, &called, &self.announced);
         self.called = called;
         change
@@ -128,12 +131,14 @@ impl Remotes {
     }
 
     pub fn kind_of(&self, at: SocketAddr) -> Option<RemoteKind> {
-        self.all().into_iter().find(|remote| remote.addr == at).map(|remote| remote.kind)
+        let told = self.called.iter().chain(&self.announced).find(|remote| remote.addr == at);
+        let is_observed = || self.observed.iter().any(|(addr, _)| *addr == at);
+        told.map(|remote| remote.kind).or_else(|| is_observed().then_some(RemoteKind::PeerReflexive))
     }
 }
 
-fn usable(candidates: &[Candidate]) -> Vec<Remote> {
+fn usable(candidates: &[Candidate]) -> impl Iterator<Item = Remote> {
     let usable =
         candidates.iter().filter(|candidate| candidate.addr.port() != 0 && addr::is_routable(candidate.addr.ip()));
-    usable.take(MAX_CANDIDATES).map(|candidate| Remote { kind: candidate.kind.into(), addr: candidate.addr }).collect()
+    usable.take(MAX_CANDIDATES).map(|candidate| Remote { kind: candidate.kind.into(), addr: candidate.addr })
 }

@@ -21,7 +21,7 @@ use mesh_common::time::Instant;
 
 use crate::device::{Endpoint, Family, SocketId};
 use crate::path::agent::{PathAgent, PathEvent, ProbeTransmit};
-use crate::path::candidate::RemoteKind;
+use crate::path::candidate::{Remote, RemoteKind};
 use crate::path::round::OPENER_TTL;
 use crate::wire::probe::{Call, Probe};
 
@@ -136,6 +136,11 @@ impl PathAgent {
         self.guessing_begins().is_some_and(|at| now >= at) && self.may_want_to_guess(now)
     }
 
+    /// It guesses, has sockets to guess with, or would begin by the passing of time alone.
+    pub fn may_guess_soon(&self) -> bool {
+        self.is_guessing() || self.sockets() > 0 || self.guessing_begins().is_some()
+    }
+
     /// The sockets that [`PathEvent::OpenSockets`] asked for; none when the host has no room for them.
     pub fn handle_sockets(&mut self, sockets: &[SocketId], now: Instant) {
         self.guessing.sockets.extend(sockets);
@@ -241,17 +246,17 @@ impl PathAgent {
     fn guessing_role(&self) -> Option<Role> {
         [Family::V4, Family::V6].into_iter().zip(self.own_nat.into_iter().zip(self.peer_nat)).find_map(
             |(family, (own, peer))| {
-                let reflexive =
-                    self.remotes.all().into_iter().find(|remote| {
-                        remote.kind == RemoteKind::Reflexive && Family::of(remote.addr.ip()) == family
-                    })?;
-                if is_defeated(own, peer) {
-                    Some(Role::ManySockets { to: reflexive.addr })
-                } else if is_defeated(peer, own) {
-                    Some(Role::ManyPorts { at: reflexive.addr.ip() })
-                } else {
-                    None
+                let is_many_sockets = is_defeated(own, peer);
+                if !is_many_sockets && !is_defeated(peer, own) {
+                    return None;
                 }
+                let is_public =
+                    |remote: &Remote| remote.kind == RemoteKind::Reflexive && Family::of(remote.addr.ip()) == family;
+                let reflexive = self.remotes.all().into_iter().find(is_public)?.addr;
+                Some(match is_many_sockets {
+                    true => Role::ManySockets { to: reflexive },
+                    false => Role::ManyPorts { at: reflexive.ip() },
+                })
             },
         )
     }

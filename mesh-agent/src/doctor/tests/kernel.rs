@@ -39,7 +39,8 @@ fn config(networks: &[&str]) -> Config {
 
 /// What the host's firewall does to such a node, by its own means.
 fn findings(networks: &[&str]) -> Vec<Finding> {
-    firewall(&config(networks)).unwrap()
+    let config = config(networks);
+    firewall(&config, config.mesh.listen_port).unwrap()
 }
 
 /// The same with uplinks, which a fresh namespace has none of.

@@ -81,6 +81,9 @@ impl World {
                     }
                 }
             }
+            Fault::Leave { host, .. } if self.hosts[host].agent.is_some() => {
+                self.joins_again.insert(host);
+            }
             Fault::AgentRestart { host, .. } | Fault::Leave { host, .. } => {
                 self.clock.at(now, Event::Start(host));
             }
@@ -104,6 +107,9 @@ impl World {
         self.hosts[host].agent = None;
         self.hosts[host].engine.stop();
         self.drop_carriers(host);
+        if self.joins_again.remove(&host) {
+            self.clock.at(now, Event::Start(host));
+        }
     }
 
     /// Frames that were sent once, for the replayer.

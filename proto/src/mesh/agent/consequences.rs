@@ -8,6 +8,7 @@ use mesh_common::key::WgPublicKey;
 use mesh_common::limits::{FIRST_SNAPSHOT_WAIT, RECONCILE_INTERVAL};
 use mesh_common::time::Instant;
 
+use super::guessing::turn_of;
 use super::{Agent, AgentEvent, ORPHAN_FLOOR_WAIT, OwnClaim, RETRY_FAILED_STEPS, is_down};
 use crate::device::{Desired, Endpoint, Observed, PeerRoute};
 use crate::mesh::desired::Inputs;
@@ -17,17 +18,23 @@ use crate::mesh::settings::StaticPeer;
 use crate::path::agent::PathAgent;
 
 impl Agent {
-    /// From facts to consequences: peers, paths, desired state, steps, our own record.
+    /// From all facts to all consequences: peers, paths, desired state, steps, our own record.
     pub(super) fn work_out(&mut self, now: Instant) {
         if self.leaving.is_none() {
             self.resolve_overlay_v4(now);
             self.peers = self.judge_peers(now);
             self.store_announced_if_contested(now);
             self.sync_paths(now);
+            self.move_from_shared_port(now);
         }
+        self.reconcile(now);
+        self.publish_if_changed(now);
+    }
+
+    /// From peers, paths and what is on the host to the steps that it still needs.
+    pub(super) fn reconcile(&mut self, now: Instant) {
         self.down = self.paths.iter().filter(|(_, path)| is_down(path.state(now))).map(|(key, _)| *key).collect();
         if self.applying || self.retry_at.is_some() {
-            self.publish_if_changed(now);
             return;
         }
         let desired = match &self.observed {
@@ -53,7 +60,6 @@ impl Agent {
             self.applying = true;
             self.events.push_back(AgentEvent::Apply(steps));
         }
-        self.publish_if_changed(now);
     }
 
     fn desired(&self, observed: &Observed) -> Desired {
@@ -114,10 +120,15 @@ impl Agent {
             self.preshared_keys
                 .entry((peer.key, peer.node))
                 .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
-            let path =
-                self.paths.entry(peer.key).or_insert_with(|| PathAgent::new(self.random.next_u64(), self.path_policy));
-            path.handle_candidates(&peer.candidates, now);
-            path.handle_instance(peer.instance, now);
+            let is_new = self.paths.add(peer.key, || PathAgent::new(self.random.next_u64(), self.path_policy));
+            let turn = turn_of(&peer.key, self.guessing_turns);
+            self.paths.with(&peer.key, |path| {
+                if is_new {
+                    path.handle_guessing_turn(turn, now);
+                }
+                path.handle_candidates(&peer.candidates, now);
+                path.handle_instance(peer.instance, now);
+            });
         }
         self.sync_probing(now);
         let statics: BTreeMap<WgPublicKey, &StaticPeer> =
@@ -168,7 +179,7 @@ impl Agent {
         self.synced_at.is_some() || self.clients.is_empty() || now.since(self.started.0) >= FIRST_SNAPSHOT_WAIT
     }
 
-    fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
+    pub(super) fn own_claim(&self) -> Option<(Ipv4Addr, Claim)> {
         let claim = self.publisher.claim?;
         Some((claim.addr, Claim { claimed_at_ms: claim.claimed_at_ms, node: self.identity.node_id() }))
     }

@@ -9,6 +9,11 @@ use super::{Agent, AgentEvent};
 use crate::device::SocketId;
 use crate::path::hard::{MAX_KEPT, Turn};
 
+/// The turn of this path.
+pub(super) fn turn_of(key: &WgPublicKey, (next, others): (Option<WgPublicKey>, Turn)) -> Turn {
+    if Some(*key) == next { Turn::Own } else { others }
+}
+
 impl Agent {
     /// What came of [`AgentEvent::OpenSockets`]: fewer than asked for, or none, when the host has no room.
     pub fn handle_sockets(&mut self, peer: &WgPublicKey, sockets: &[SocketId], now: Instant) {
@@ -22,18 +27,19 @@ impl Agent {
 
     /// Gives the turn to the one that guesses or else to one that wants to, and sends what it has to send.
     pub(super) fn guess_ports(&mut self, now: Instant) {
-        let busy = self.paths.iter().find(|(_, path)| path.is_guessing()).map(|(key, _)| *key);
-        let kept: usize =
-            self.paths.iter().filter(|(key, _)| Some(**key) != busy).map(|(_, path)| path.sockets()).sum();
+        let busy = self.paths.guessers().find(|(_, path)| path.is_guessing()).map(|(key, _)| *key);
+        let others = self.paths.guessers().filter(|(key, _)| Some(**key) != busy);
+        let kept: usize = others.map(|(_, path)| path.sockets()).sum();
         let others = if busy.is_some() || kept >= MAX_KEPT { Turn::None } else { Turn::IfAsked };
-        let wanting = || self.paths.iter().find(|(_, path)| path.wants_to_guess(now)).map(|(key, _)| *key);
+        let wanting = || self.paths.guessers().find(|(_, path)| path.wants_to_guess(now)).map(|(key, _)| *key);
         let next = busy.or_else(|| wanting().filter(|_| others == Turn::IfAsked));
-        for (key, path) in &mut self.paths {
-            path.handle_guessing_turn(if Some(*key) == next { Turn::Own } else { others }, now);
+        let turns = (next, others);
+        if std::mem::replace(&mut self.guessing_turns, turns) != turns {
+            self.paths.with_each(|key, path| path.handle_guessing_turn(turn_of(key, turns), now));
         }
         let Some(next) = next else { return };
         self.stirred.insert(next);
-        while let Some(guess) = self.paths.get_mut(&next).and_then(|path| path.poll_guess()) {
+        while let Some(guess) = self.paths.poll_guess(&next) {
             self.send_probe(&next, guess, now);
         }
     }

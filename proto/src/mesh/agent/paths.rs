@@ -5,6 +5,7 @@
 //! it, its instance is the one of the peer's record and its counter is new.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -56,9 +57,9 @@ struct Link {
     offered: Option<u64>,
 }
 
-/// Why a datagram that looked like one of ours was not believed.
+/// Why a datagram that looked like one of ours was not believed: the name of its counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
-pub(super) enum Dropped {
+pub enum Dropped {
     #[error("probe_malformed")]
     Malformed,
     #[error("probe_unknown_key")]
@@ -77,6 +78,19 @@ pub(super) enum Dropped {
     UnknownSender,
     #[error("relayed_unknown_payload")]
     UnknownPayload,
+}
+
+impl Dropped {
+    pub const ALL: [Self; 8] = [
+        Self::Malformed,
+        Self::UnknownKey,
+        Self::Forged,
+        Self::UnknownInstance,
+        Self::Replayed,
+        Self::ForeignSender,
+        Self::UnknownSender,
+        Self::UnknownPayload,
+    ];
 }
 
 /// A burst of probes, then one each interval: whatever peers announce, this node sends no more.
@@ -104,8 +118,9 @@ impl Probing {
         self.again_at.map(|at| (at, "the probe budget"))
     }
 
-    pub(super) fn dropped(&self) -> &BTreeMap<Dropped, u64> {
-        &self.dropped
+    /// Every reason, also those that nothing was dropped for.
+    pub(super) fn dropped(&self) -> impl Iterator<Item = (Dropped, u64)> {
+        Dropped::ALL.into_iter().map(|why| (why, self.dropped.get(&why).copied().unwrap_or_default()))
     }
 
     fn count(&mut self, why: Dropped) {
@@ -233,7 +248,13 @@ impl Agent {
         let peers: BTreeMap<WgPublicKey, (NodeId, [u8; 16])> =
             self.peers.iter().map(|peer| (peer.key, (peer.node, peer.instance))).collect();
         let probing = &mut self.probing;
-        probing.links.retain(|key, link| peers.get(key).is_some_and(|(node, _)| *node == link.node));
+        probing.links.retain(|key, link| {
+            let is_kept = peers.get(key).is_some_and(|(node, _)| *node == link.node);
+            if !is_kept {
+                probing.by_tag.remove(&link.keys.receive.tag);
+            }
+            is_kept
+        });
         for (key, (node, instance)) in &peers {
             match probing.links.get_mut(key) {
                 Some(link) if link.instance == *instance => {}
@@ -247,11 +268,11 @@ impl Agent {
                     let Some(keys) = self.keys.probe_keys((own, &self.wg), (*node, *key)) else { continue };
                     let window = ReplayWindow::default();
                     let link = Link { node: *node, keys, sent: 0, instance: *instance, window, offered: None };
+                    probing.by_tag.insert(link.keys.receive.tag, *key);
                     probing.links.insert(*key, link);
                 }
             }
         }
-        probing.by_tag = probing.links.iter().map(|(key, link)| (link.keys.receive.tag, *key)).collect();
         self.sync_relays(now);
     }
 
@@ -262,14 +283,23 @@ impl Agent {
         let nat = [self.net.report().v4.nat, self.net.report().v6.nat];
         for peer in &self.peers {
             let relays = self.relays_to(&peer.node);
-            let (Some(member), Some(path)) = (self.members.get(&peer.node), self.paths.get_mut(&peer.key)) else {
-                continue;
-            };
-            path.handle_own_candidates(&own, now);
-            path.handle_subnets(&subnets, now);
-            path.handle_nat(nat, [member.record.nat_v4, member.record.nat_v6], now);
-            path.handle_relays(&relays, now);
+            let Some(member) = self.members.get(&peer.node) else { continue };
+            self.paths.with(&peer.key, |path| {
+                path.handle_own_candidates(&own, now);
+                path.handle_subnets(&subnets, now);
+                path.handle_nat(nat, [member.record.nat_v4, member.record.nat_v6], now);
+                path.handle_relays(&relays, now);
+            });
             self.stirred.insert(peer.key);
+        }
+    }
+
+    /// Tells the path to this node which relays reach it now.
+    pub(super) fn sync_relays_to(&mut self, node: &NodeId, now: Instant) {
+        let Some(key) = self.members.get(node).map(|member| member.record.wg_key) else { return };
+        let relays = self.relays_to(node);
+        if self.paths.with(&key, |path| path.handle_relays(&relays, now)).is_some() {
+            self.stirred.insert(key);
         }
     }
 
@@ -289,7 +319,9 @@ impl Agent {
     pub(super) fn send_probes(&mut self, now: Instant) {
         self.probing.again_at = None;
         self.probing.pending.extend(&self.stirred);
-        for key in self.in_turns() {
+        let mut last = self.probing.last_served;
+        while let Some(key) = self.next_in_turn(last) {
+            last = Some(key);
             while let Some(transmit) = self.next_probe(&key) {
                 if let Some(at) = self.probing.budget.wait(now) {
                     self.probing.again_at = Some(at);
@@ -305,14 +337,13 @@ impl Agent {
     }
 
     fn next_probe(&mut self, peer: &WgPublicKey) -> Option<ProbeTransmit> {
-        self.probing.waiting.remove(peer).or_else(|| self.paths.get_mut(peer)?.poll_transmit())
+        self.probing.waiting.remove(peer).or_else(|| self.paths.poll_transmit(peer))
     }
 
-    fn in_turns(&self) -> Vec<WgPublicKey> {
-        let keys = self.probing.pending.iter().copied();
-        let Some(last) = self.probing.last_served else { return keys.collect() };
-        let (after, before): (Vec<_>, Vec<_>) = keys.partition(|key| *key > last);
-        after.into_iter().chain(before).collect()
+    fn next_in_turn(&self, last: Option<WgPublicKey>) -> Option<WgPublicKey> {
+        let pending = &self.probing.pending;
+        let after = last.and_then(|last| pending.range((Bound::Excluded(last), Bound::Unbounded)).next());
+        after.or_else(|| pending.first()).copied()
     }
 
     pub(super) fn send_probe(&mut self, peer: &WgPublicKey, transmit: ProbeTransmit, now: Instant) {
@@ -352,18 +383,21 @@ impl Agent {
 
     /// One input to a path, and the log line where it changes what the path is.
     pub(super) fn with_path(&mut self, peer: &WgPublicKey, now: Instant, input: impl FnOnce(&mut PathAgent)) {
-        let Some(path) = self.paths.get_mut(peer) else { return };
+        let judged = |path: &PathAgent| (path.state(now), path.mtu(), path.tunnel_generation());
+        let judged = self.paths.with(peer, |path| {
+            let before = judged(path);
+            input(path);
+            (before, judged(path))
+        });
+        let Some(((state_before, mtu_before, tunnel_before), (state, mtu, tunnel))) = judged else { return };
         self.stirred.insert(*peer);
-        let (state_before, mtu_before, tunnel_before) = (path.state(now), path.mtu(), path.tunnel_generation());
-        input(path);
-        let (state, mtu, tunnel) = (path.state(now), path.mtu(), path.tunnel_generation());
         if state != state_before {
             self.log_path(peer, state);
         }
         if is_down(state) != self.down.contains(peer) || tunnel != tunnel_before {
-            self.work_out_at(now);
+            self.reconcile_at(now);
         } else if mtu != mtu_before {
-            self.work_out_at(now + MTU_SETTLE);
+            self.reconcile_at(now + MTU_SETTLE);
         }
     }
 }

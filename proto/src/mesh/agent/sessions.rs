@@ -12,11 +12,9 @@ use crate::mesh::members::Admission;
 
 impl Agent {
     pub(super) fn drain_clients(&mut self, now: Instant) {
-        let servers: Vec<ServerId> = self.clients.keys().copied().collect();
-        for server in servers {
-            while let Some(event) = self.clients.get_mut(&server).and_then(Client::poll_event) {
-                self.handle_client_event(server, event, now);
-            }
+        let next = |(server, client): (&ServerId, &mut Client)| Some((*server, client.poll_event()?));
+        while let Some((server, event)) = self.clients.iter_mut().find_map(next) {
+            self.handle_client_event(server, event, now);
         }
     }
 
@@ -73,8 +71,9 @@ impl Agent {
     fn handle_frame(&mut self, server: ServerId, bytes: Bytes, now: Instant) {
         match self.members.admit_listed(bytes, server, now) {
             Ok((_, Admission::Known)) => {}
-            // Another relay may reach it.
-            Ok((_, Admission::Listed)) => self.work_out_at(now + SETTLE),
+            Ok((_, Admission::Listed { is_first: true })) => self.work_out_at(now + SETTLE),
+            // Another relay may reach it: all that changes.
+            Ok((node, Admission::Listed { is_first: false })) => self.sync_relays_to(&node, now),
             Ok((_, Admission::OwnIdentity { seq })) => self.handle_own_identity(seq, now),
             Ok((node, admission)) => {
                 let host_name = self.members.get(&node).map(|member| member.record.host_name.clone());

@@ -1,6 +1,9 @@
 //! Scenarios of the whole machine: inputs in, steps out.
 #![allow(clippy::unwrap_used)]
 
+mod hostile;
+mod port;
+
 use mesh_common::config::EndpointFilter;
 use mesh_common::host_name::HostName;
 use mesh_common::key::{ClusterSecret, WgSecret};
@@ -186,6 +189,21 @@ fn run(
     time: Duration,
     seen: impl Fn(SocketAddr) -> &'static str,
 ) -> Record {
+    run_with(agent, host, from, time, seen, |_, _, _| {});
+    let frame = agent.publisher.frame().unwrap();
+    let Opened::Record(record) = sealed::open(&agent.keys, "test", frame).unwrap() else { panic!("the agent left") };
+    *record
+}
+
+/// The same; every other event is given to `look`.
+fn run_with(
+    agent: &mut Agent,
+    host: &Observed,
+    from: Instant,
+    time: Duration,
+    seen: impl Fn(SocketAddr) -> &'static str,
+    mut look: impl FnMut(&mut Agent, AgentEvent, Instant),
+) {
     let mut now = from;
     agent.handle_observed(host.clone(), now);
     loop {
@@ -193,22 +211,73 @@ fn run(
             match event {
                 AgentEvent::ReserveSeq(seq) => agent.handle_seq_reserved(seq, now),
                 AgentEvent::Apply(_) => agent.handle_applied(Vec::new(), host.clone(), now),
-                AgentEvent::SendRaw { to, bytes, .. } => {
-                    let answer = stun::answer(&bytes, seen(to).parse().unwrap()).unwrap();
+                AgentEvent::SendRaw { to, ref bytes, .. } => {
+                    let Some(answer) = stun::answer(bytes, seen(to).parse().unwrap()) else {
+                        look(agent, event, now);
+                        continue;
+                    };
                     if answer.from == stun::Change::NONE {
                         agent.handle_datagram(to.into(), &answer.bytes, now);
                     }
                 }
-                _ => {}
+                _ => look(agent, event, now),
             }
         }
         let Some((at, _)) = agent.poll_timeout().filter(|(at, _)| *at <= from + time) else { break };
         now = now.max(at);
         agent.handle_timeout(now);
     }
-    let frame = agent.publisher.frame().unwrap();
-    let Opened::Record(record) = sealed::open(&agent.keys, "test", frame).unwrap() else { panic!("the agent left") };
-    *record
+}
+
+/// Another member, and what it says of itself.
+struct Other {
+    identity: SignKey,
+    wg: WgSecret,
+    record: Record,
+    seq: u64,
+}
+
+impl Other {
+    fn new(seed: u8) -> Self {
+        let (identity, wg) = (SignKey::from_seed(&[seed; 32]), WgSecret::from_seed(&[seed + 100; 32]));
+        let node = identity.node_id();
+        let record = Record {
+            wg_key: wg.public(),
+            wg_proof: wg.prove(&node),
+            host_name: HostName::try_from(format!("n{seed}")).unwrap(),
+            overlay_v6: addr::overlay_v6("test", &node),
+            overlay_v4: None,
+            prefixes: Vec::new(),
+            excluded_prefixes: Vec::new(),
+            candidates: Vec::new(),
+            nat_v4: NatClass::default(),
+            nat_v6: NatClass::default(),
+            instance: [seed; 16],
+            started_at_ms: 1,
+            valid_for: Duration::from_secs(3600),
+            wire_min: 1,
+            wire_max: 1,
+            features: 0,
+            admission: Vec::new(),
+            ext: Vec::new(),
+        };
+        Self { identity, wg, record, seq: 0 }
+    }
+
+    /// Its record as it is now, told by a server that lists it.
+    fn tell(&mut self, agent: &mut Agent, now: Instant) {
+        self.seq += 1;
+        let nonce = [u8::try_from(self.seq).unwrap(); 24];
+        let frame = sealed::seal(&agent.keys, &self.identity, self.seq, Some(&self.record), nonce).unwrap();
+        agent.handle_client_event(ServerId(0), ClientEvent::Frame(frame.as_bytes().clone()), now);
+        let listed = agent.members().iter().map(|(node, _)| *node).collect();
+        agent.handle_client_event(ServerId(0), ClientEvent::Synced { listed }, now);
+        agent.settle(now);
+    }
+}
+
+fn candidate(kind: CandidateKind, addr: &str) -> Candidate {
+    Candidate { kind, addr: addr.parse().unwrap() }
 }
 
 fn texts(candidates: &[Candidate]) -> Vec<String> {

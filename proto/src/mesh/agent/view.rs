@@ -30,6 +30,8 @@ pub struct View {
     pub wg_public: WgPublicKey,
     pub overlay_v6: Ipv6Addr,
     pub overlay_v4: Option<Ipv4Addr>,
+    /// Of WireGuard.
+    pub listen_port: u16,
     /// Sequence number of the newest own frame that went out.
     pub published_seq: Option<u64>,
     pub servers: Vec<ServerView>,
@@ -91,6 +93,7 @@ impl Agent {
             wg_public: self.wg_public,
             overlay_v6: self.overlay_v6(),
             overlay_v4: self.overlay_v4(),
+            listen_port: self.settings.listen_port,
             published_seq: self.publisher.published_seq(),
             servers: self.server_views(now),
             net: self.net.report().clone(),
@@ -100,7 +103,7 @@ impl Agent {
             rp_filter_denied: self.rp_filter_denied.iter().cloned().collect(),
             clone_seen: self.clone_seen,
             rejected: self.members.rejected().iter().map(|(why, count)| (why.to_string(), *count)).collect(),
-            dropped_probes: self.probing.dropped().iter().map(|(why, count)| (why.to_string(), *count)).collect(),
+            dropped_probes: self.probing.dropped().map(|(why, count)| (why.to_string(), count)).collect(),
             malformed: self.clients.values().map(|client| client.malformed()).sum(),
         }
     }

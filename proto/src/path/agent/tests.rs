@@ -308,6 +308,22 @@ fn a_relay_that_does_not_reach_the_peer_gives_way() {
 }
 
 #[test]
+fn a_relays_word_that_a_peer_is_gone_leaves_a_direct_path_alone() {
+    let mut agent = carried();
+    agent.handle_timeout(at(100));
+    answer(&mut agent, addr(2), 0, at(130));
+    agent.handle_probe(addr(2), &Probe::Ping { id: 1, heard: 3 }, at(300));
+    let direct = PeerRoute { primary: Some(addr(2)), ..PeerRoute::default() };
+    for millis in 301..400 {
+        agent.handle_no_peer(ServerId(0), at(millis));
+        agent.handle_no_peer(ServerId(1), at(millis));
+        assert_eq!(agent.route(), &direct);
+    }
+    agent.handle_relays(&[], at(400));
+    assert_eq!(agent.route(), &direct, "nor does one that lists it no longer");
+}
+
+#[test]
 fn a_relay_that_answers_nothing_is_left_for_another() {
     let mut agent = carried();
     let traffic = PeerReport::Traffic(vec![PathTraffic { endpoint: relay(0), sent: 1, received: 0 }]);

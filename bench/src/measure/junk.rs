@@ -1,0 +1,59 @@
+//! What junk costs our agent: a tunnel carries 300 Mbit/s while datagrams of no peer come as fast as the machine sends them.
+//!
+//! The agent's CPU is taken twice, with the same tunnel traffic: without junk and with it; the difference is what junk
+//! costs. How much of it the agent took in is what was sent less what the kernel dropped before the agent's socket.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Context, Result, bail};
+
+use super::{Figures, Measuring};
+use crate::{
+    machine::Cpu,
+    metric::Metric,
+    traffic::{Done, Order},
+};
+
+const SIZE: usize = 1400;
+const PER_SECOND: f64 = 300e6 / 8.0 / SIZE as f64;
+/// The flood lasts a little longer than the traffic it is to disturb.
+const MARGIN: Duration = Duration::from_millis(200);
+
+pub(super) fn measure(measuring: &Measuring<'_>, figures: &mut Figures) -> Result<()> {
+    // Only our agents: what others make of junk is their business.
+    let Some(agents) = measuring.running.agents() else { return Ok(()) };
+    let [_, receiving] = &agents.nodes;
+    let pid = receiving.pid().context("the agent has ended")?;
+    let port = receiving.config.listen_port;
+    let seconds = measuring.seconds;
+
+    let before = Cpu::now(&[pid])?;
+    measuring.udp(SIZE, PER_SECOND, seconds)?;
+    let quiet = before.used()?.processes;
+
+    let dropped_before = dropped(measuring, port)?;
+    let before = Cpu::now(&[pid])?;
+    let to = SocketAddr::new(measuring.bed.right.address, port);
+    let flood = Order::Junk { to, seconds: seconds + MARGIN.as_secs_f64() };
+    let flood = measuring.bed.left.generator.order(&flood)?;
+    let (sent, received, _) = measuring.udp(SIZE, PER_SECOND, seconds)?;
+    let Done::JunkSent { sent: junk } = flood.done()? else { bail!("nobody counted the junk") };
+    let flooded = before.used()?.processes;
+    let taken = junk.saturating_sub(dropped(measuring, port)? - dropped_before).max(1);
+
+    let lost = sent.saturating_sub(received) as f64 / sent.max(1) as f64;
+    figures.insert(Metric::JunkLoss, lost * 100.0);
+    figures.insert(Metric::JunkCpu, flooded.saturating_sub(quiet).as_nanos() as f64 / 1e3 / taken as f64);
+    figures.insert(Metric::JunkRate, taken as f64 / 1e3 / (seconds + MARGIN.as_secs_f64()));
+    Ok(())
+}
+
+/// Datagrams that the kernel dropped before the socket on this port of the right host, so far.
+fn dropped(measuring: &Measuring<'_>, port: u16) -> Result<u64> {
+    let text = measuring.bed.right.host.inside(|| Ok(std::fs::read_to_string("/proc/thread-self/net/udp")?))?;
+    let suffix = format!(":{port:04X}");
+    let line = text.lines().find(|line| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&suffix)));
+    let line = line.with_context(|| format!("no socket has UDP port {port}"))?;
+    let drops = line.split_whitespace().last().context("an empty line")?;
+    drops.parse().with_context(|| format!("{drops} is no count"))
+}

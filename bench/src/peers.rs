@@ -1,0 +1,255 @@
+//! Many peers against one: does a mesh of fifty carry as much as a mesh of two?
+//!
+//! ```text
+//!  hub of the small mesh ─┐                       ┌─ its only peer
+//!  hub of the large mesh ─┴─ switch (a bridge) ───┴─ its N peers
+//! ```
+//! Both meshes are alive all the time, have the same server, and are measured in the same rounds: one stream to one peer
+//! in each, then ten streams, to the only peer and to ten of the many. A bridge in between makes absolute figures smaller
+//! than on a bare wire; the ratios do not care.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+};
+
+use anyhow::{Context, Result, bail};
+use indicatif::ProgressBar;
+use ipnet::IpNet;
+use netns_tests::{
+    Host, Lab,
+    binaries::Binaries,
+    link::connect,
+    mesh::{
+        config::{self, ServerAddress},
+        node::Node,
+        server::Server,
+    },
+};
+use serde::Serialize;
+
+use crate::{
+    bed::{LINK, MTU},
+    contender::agents::{await_direct, await_peers},
+    report::table,
+    stats::Series,
+    traffic::{Done, Generator, Job, Meet, Order},
+    underlay::{self, Underlay},
+};
+
+/// Peers that the traffic is spread over.
+const SPREAD: usize = 10;
+/// What a large mesh must carry of what a small one does.
+const AT_LEAST: f64 = 0.9;
+
+/// What was found. Ratios are large mesh / small mesh within each round.
+#[derive(Debug, Clone, Serialize)]
+pub struct PeersReport {
+    pub count: usize,
+    /// One stream to one peer, Gbit/s.
+    pub small_tcp1_gbps: Series,
+    pub large_tcp1_gbps: Series,
+    /// Ten streams, Gbit/s: all to the only peer, and one each to ten of the many.
+    pub small_tcp10_gbps: Series,
+    pub large_spread10_gbps: Series,
+    pub to_one_ratio: Series,
+    pub spread_ratio: Series,
+    pub peak_rss_mib: f64,
+}
+
+impl PeersReport {
+    pub fn ok(&self) -> bool {
+        [&self.to_one_ratio, &self.spread_ratio]
+            .iter()
+            .all(|ratio| ratio.median().is_some_and(|median| median >= AT_LEAST))
+    }
+}
+
+impl fmt::Display for PeersReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let series = table::series;
+        writeln!(f, "TCP, 1 stream, one peer: {} Gbit/s", series(&self.small_tcp1_gbps))?;
+        writeln!(f, "TCP, 1 stream, to one of {}: {} Gbit/s", self.count, series(&self.large_tcp1_gbps))?;
+        writeln!(f, "TCP, 10 streams, one peer: {} Gbit/s", series(&self.small_tcp10_gbps))?;
+        writeln!(f, "TCP, 10 streams, to ten of {}: {} Gbit/s", self.count, series(&self.large_spread10_gbps))?;
+        writeln!(
+            f,
+            "large / small, >= {AT_LEAST}: to one {}, spread {}",
+            series(&self.to_one_ratio),
+            series(&self.spread_ratio)
+        )?;
+        write!(f, "peak memory of the agent with {} peers: {} MiB", self.count, table::number(self.peak_rss_mib))
+    }
+}
+
+/// Builds both meshes and measures them in turn.
+pub fn measure(
+    binaries: &Binaries,
+    program: &Path,
+    underlay: Underlay,
+    count: usize,
+    (rounds, seconds): (u32, f64),
+    progress: &ProgressBar,
+) -> Result<PeersReport> {
+    progress.set_message(format!("starting a mesh of {count} peers and one of one"));
+    let mut field = Field::build(program, underlay)?;
+    let small = field.mesh(binaries, 1, 1)?;
+    let large = field.mesh(binaries, 2, count)?;
+    let (mut small1, mut large1, mut small10, mut large10) =
+        (Series::default(), Series::default(), Series::default(), Series::default());
+    for round in 0..rounds {
+        progress.set_message(format!("round {}/{rounds}", round + 1));
+        small1.push(Some(small.carry(&[0], seconds)?));
+        large1.push(Some(large.carry(&[0], seconds)?));
+        small10.push(Some(small.carry(&[0; SPREAD], seconds)?));
+        large10.push(Some(large.carry(&std::array::from_fn::<_, SPREAD, _>(|n| n), seconds)?));
+        progress.inc(1);
+    }
+    let hub = large.hub.node.pid().context("the agent has ended")?;
+    Ok(PeersReport {
+        count,
+        to_one_ratio: large1.ratio_to(&small1),
+        spread_ratio: large10.ratio_to(&small10),
+        small_tcp1_gbps: small1,
+        large_tcp1_gbps: large1,
+        small_tcp10_gbps: small10,
+        large_spread10_gbps: large10,
+        peak_rss_mib: crate::machine::peak_rss_mib(hub)?,
+    })
+}
+
+/// The switch and everybody on it.
+struct Field<'a> {
+    program: &'a Path,
+    underlay: Underlay,
+    switch: Host,
+    hosts: u16,
+    server: Option<(Server, ServerAddress)>,
+    // Last, so that programs end before their lab.
+    lab: Lab,
+}
+
+/// A hub that knows its peers.
+struct Mesh {
+    hub: Member,
+    peers: Vec<Member>,
+}
+
+struct Member {
+    node: Node,
+    generator: Generator,
+}
+
+impl<'a> Field<'a> {
+    fn build(program: &'a Path, underlay: Underlay) -> Result<Self> {
+        let mut lab = Lab::new()?;
+        let switch = lab.host("switch")?;
+        switch.add_bridge("br0")?;
+        Ok(Self { program, underlay, switch, hosts: 0, server: None, lab })
+    }
+
+    fn host(&mut self, name: &str) -> Result<(Host, IpAddr)> {
+        self.hosts += 1;
+        let [high, low] = self.hosts.to_be_bytes();
+        let host = self.lab.host(name)?;
+        let port = format!("port{}", self.hosts);
+        connect(&self.switch, &port, &host, LINK)?;
+        underlay::set(&self.switch, &port, self.underlay)?;
+        underlay::set(&host, LINK, self.underlay)?;
+        self.switch.enslave(&port, "br0")?;
+        let address = Ipv4Addr::new(10, 0, high, low).into();
+        host.add_address(LINK, IpNet::new(address, 16)?)?;
+        Ok((host, address))
+    }
+
+    /// Starts a mesh of one hub and `count` peers, and waits until the hub has a direct path to those it will talk to.
+    fn mesh(&mut self, binaries: &Binaries, number: u8, count: usize) -> Result<Mesh> {
+        let secret = config::new_secret()?;
+        let mut members = Vec::new();
+        for index in 0..=count {
+            let name = format!("m{number}-{index}");
+            let (host, address) = self.host(&name)?;
+            let at = match &self.server {
+                Some((_, at)) => at.clone(),
+                None => {
+                    let dir = self.lab.dir().join("server");
+                    let mut server = Server::new(binaries, host.clone(), &dir, address, None)?;
+                    let at = server.start()?;
+                    self.server = Some((server, at.clone()));
+                    at
+                }
+            };
+            let mut node = Node::new(binaries, host.clone(), &self.lab.dir().join(&name), address, &secret)?;
+            node.config.discovery = vec![at];
+            node.config.more_mesh.push(format!("mtu: {MTU}"));
+            node.write_config()?;
+            node.start()?;
+            let generator = Generator::start(&host, self.program, self.lab.dir())?;
+            members.push(Member { node, generator });
+        }
+        let mut members = members.into_iter();
+        let mut hub = members.next().context("a mesh has a hub")?;
+        let mut peers: Vec<Member> = members.collect();
+        await_peers(&mut hub.node, count)?;
+        for peer in peers.iter_mut().take(SPREAD) {
+            await_peers(&mut peer.node, count)?;
+            await_direct(&hub.node, &peer.node)?;
+            await_direct(&peer.node, &hub.node)?;
+        }
+        Ok(Mesh { hub, peers })
+    }
+}
+
+impl Mesh {
+    /// One stream from the hub to each of these peers at once, in Gbit/s of all.
+    fn carry(&self, to: &[usize], seconds: f64) -> Result<f64> {
+        let mut sinks: Vec<Job> = Vec::new();
+        let mut targets = Vec::new();
+        for peer in to {
+            let peer = self.peers.get(*peer).context("no such peer")?;
+            let at = SocketAddr::new(peer.node.overlay_v4()?, 0);
+            let meet = Meet::Listen { at, streams: 1 };
+            let (sink, port) = peer.generator.receive(&Order::TcpSink { meet })?;
+            sinks.push(sink);
+            targets.push(SocketAddr::new(at.ip(), port));
+        }
+        self.hub.generator.run(&Order::TcpSource { meet: Meet::Connect { to: targets }, seconds })?;
+        let mut gbps = 0.0;
+        for sink in sinks {
+            let Done::TcpReceived { bytes, nanos } = sink.done()? else { bail!("a receiver did not tell what came") };
+            gbps += bytes as f64 * 8.0 / nanos as f64;
+        }
+        Ok(gbps)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(to_one: f64, spread: f64) -> PeersReport {
+        let none = Series::default;
+        PeersReport {
+            count: 50,
+            small_tcp1_gbps: none(),
+            large_tcp1_gbps: none(),
+            small_tcp10_gbps: none(),
+            large_spread10_gbps: none(),
+            to_one_ratio: Series::from([to_one; 3]),
+            spread_ratio: Series::from([spread; 3]),
+            peak_rss_mib: 30.0,
+        }
+    }
+
+    #[test]
+    fn both_ratios_must_hold() {
+        assert!(report(0.95, 0.9).ok());
+        assert!(!report(0.89, 1.0).ok());
+        assert!(!report(1.0, 0.5).ok());
+        assert!(
+            !PeersReport { spread_ratio: Series::default(), ..report(1.0, 1.0) }.ok(),
+            "nothing measured is not ok"
+        );
+    }
+}

@@ -1,0 +1,152 @@
+//! The verdicts turn red when something is broken on purpose, and the whole program says so at its end.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{
+    path::Path,
+    process::{Command, Output},
+    time::Duration,
+};
+
+use mesh_bench::{
+    bed::{Bed, LINK},
+    contender::Contender,
+    measure::{Figures, Measuring},
+    metric::{Metric, Step},
+    rival,
+    soak::{
+        self, SoakReport,
+        pair::{Pair, Pattern, Starter},
+    },
+    underlay::Underlay,
+};
+use netns_tests::{
+    Entry, Lab,
+    binaries::BIN_DIR,
+    enter_or_skip,
+    impair::{Impairment, Wire},
+    isolation,
+    link::{MAIN_TABLE, To},
+    mesh,
+};
+use nix::sys::signal::{Signal, kill};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_mesh-bench");
+
+/// The figures of some steps over the bare wire of a bed.
+fn over_the_wire(bed: &Bed, steps: &[Step]) -> anyhow::Result<Figures> {
+    let running = Contender::Veth.start(bed)?;
+    let (mut figures, before) = (Figures::new(), Figures::new());
+    let measuring = Measuring { bed, running: &running, seconds: 0.4, before: &before, tries: 4 };
+    steps.iter().try_for_each(|step| measuring.step(*step, &mut figures))?;
+    Ok(figures)
+}
+
+#[test]
+fn a_wire_that_loses_has_no_lossfree_rate_and_fails_the_step_that_wants_all() {
+    if enter_or_skip("a_wire_that_loses_has_no_lossfree_rate_and_fails_the_step_that_wants_all") == Entry::Handled {
+        return;
+    }
+    let mut wire = None;
+    let join = |lab: &mut Lab, left: &_, right: &_| {
+        wire = Some(Wire::connect(lab, (left, LINK), (right, LINK), Impairment::default(), 1)?);
+        Ok(())
+    };
+    let bed = Bed::joined(Path::new(PROGRAM), join).unwrap();
+    let good = over_the_wire(&bed, &[Step::Udp1400, Step::Rtt]).unwrap();
+    assert!(good[&Metric::Udp1400] > 0.0, "a wire that loses nothing: {good:?}");
+
+    wire.as_ref().unwrap().impair(Impairment { loss: 30, delay: Duration::from_millis(20), ..Impairment::default() });
+    let bad = over_the_wire(&bed, &[Step::Udp1400, Step::Rtt]).unwrap();
+    assert_eq!(bad[&Metric::Udp1400], 0.0, "{bad:?}");
+    assert!(bad[&Metric::RttIdleP50] >= 40_000.0, "20 ms each way: {bad:?}");
+    let error = over_the_wire(&bed, &[Step::Udp200]).unwrap_err().to_string();
+    assert!(error.contains("arrived"), "{error}");
+}
+
+#[test]
+fn each_kind_of_wire_is_what_it_says() {
+    if enter_or_skip("each_kind_of_wire_is_what_it_says") == Entry::Handled {
+        return;
+    }
+    for underlay in Underlay::ALL {
+        let bed = Bed::new(Path::new(PROGRAM), underlay).unwrap();
+        let figures = over_the_wire(&bed, &[Step::Tcp1, Step::Reverse, Step::Bidir]).unwrap();
+        assert!(figures[&Metric::Tcp1] > 0.1 && figures[&Metric::CpuPerByte] > 0.0, "{underlay}: {figures:?}");
+    }
+}
+
+/// Runs the program to its end, with the programs that this test built.
+fn bench(args: &[&str], bin_dir: &Path) -> Output {
+    Command::new(PROGRAM).args(args).env(BIN_DIR, bin_dir).output().unwrap()
+}
+
+fn last_line(output: &Output) -> serde_json::Value {
+    let said = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(said.lines().last().unwrap_or_default())
+        .unwrap_or_else(|error| panic!("{error}: {said}{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+#[test]
+fn a_short_run_is_ok_and_one_with_a_rival_that_does_not_work_is_not() {
+    let name = "a_short_run_is_ok_and_one_with_a_rival_that_does_not_work_is_not";
+    let Some(binaries) = mesh::enter_or_skip(name).unwrap() else { return };
+    let dir = binaries.dir();
+    let good = ["throughput", "--smoke", "--json", "--contenders", "meshspan,veth", "--only", "tcp1,udp1400"];
+    let output = bench(&good, &dir);
+    let report = last_line(&output);
+    assert!(output.status.success() && report["ok"] == true, "{report}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(report["contenders"][0]["tcp1_gbps"]["median"].as_f64().unwrap() > 0.0, "{report}");
+
+    let liar = ["--contenders", "veth,liar", "--rival", "liar=/bin/false", "--require", "liar", "--only", "tcp1"];
+    let output = bench(&[&["throughput", "--smoke", "--json"][..], &liar[..]].concat(), &dir);
+    let report = last_line(&output);
+    assert!(!output.status.success() && report["ok"] == false, "{report}");
+    assert!(report["failures"][0].as_str().unwrap().contains("liar"), "{report}");
+
+    let output = bench(&["throughput", "--smoke", "--require", "nobody"], &dir);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("absent: nobody"));
+}
+
+#[test]
+fn a_rival_that_stands_still_or_answers_nothing_turns_the_soak_red() {
+    let name = "a_rival_that_stands_still_or_answers_nothing_turns_the_soak_red";
+    let Some(binaries) = mesh::enter_or_skip(name).unwrap() else { return };
+    let Ok(rival) = rival::by_name("wireguard-go") else {
+        let _ = isolation::skip(
+            name,
+            "wireguard-go is not installed",
+            "apt-get install --no-install-recommends wireguard-go",
+        );
+        return;
+    };
+    if isolation::is_rootless() {
+        let _ = isolation::skip(name, "wireguard-go keeps its socket in /var/run", "run as root");
+        return;
+    }
+    let mut lab = Lab::new().unwrap();
+    let pair = Pair::start(&mut lab, &binaries, &rival, 1, Pattern::Bursty, Starter::Agent).unwrap();
+    let pairs = [pair];
+    let second = Duration::from_secs(1);
+
+    let calm = SoakReport::of("x", &soak::talk(&pairs, second, 1).unwrap());
+    assert_eq!((calm.corrupt_bytes, calm.one_way_windows), (0, 0), "{calm:?}");
+    assert!(calm.sent > 0 && calm.lost == 0 && calm.max_stall_ms < 1000, "{calm:?}");
+    assert!(!calm.ok, "without a rekey nothing is proved");
+
+    // It stands still for longer than a stall may last.
+    let stopped = std::thread::scope(|scope| {
+        let talk = scope.spawn(|| soak::talk(&pairs, 2 * second, 2).unwrap());
+        kill(pairs[0].device.pid(), Signal::SIGSTOP).unwrap();
+        let tallies = talk.join().unwrap();
+        kill(pairs[0].device.pid(), Signal::SIGCONT).unwrap();
+        SoakReport::of("x", &tallies)
+    });
+    assert!(stopped.max_stall_ms > 1000 && stopped.lost > 0 && !stopped.ok, "{stopped:?}");
+
+    // It hears and is not heard.
+    let agent = pairs[0].node.address;
+    pairs[0].device.host.add_route(MAIN_TABLE, agent.into(), &To::Unreachable).unwrap();
+    let deaf = SoakReport::of("x", &soak::talk(&pairs, 2 * second, 3).unwrap());
+    assert!(deaf.one_way_windows > 0 && !deaf.ok, "{deaf:?}");
+}
