@@ -628,6 +628,7 @@ impl<'a> Node<'a> {
             carriers: &self.carriers,
             counters: &|key| self.engine.counters(key),
             engine: &self.engine.stats(),
+            offloads: self.engine.offloads(),
             started_at_ms: self.started_at_ms,
             is_ready: self.ready,
             host_problem: self.host_problem.as_deref(),

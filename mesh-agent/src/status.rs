@@ -10,11 +10,13 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use self::net::NetStatus;
+use self::offload::OffloadStatus;
 use self::path::{NatStatus, PathStatus};
 
 pub mod fill;
 mod names;
 pub mod net;
+pub mod offload;
 pub mod path;
 mod table;
 mod why;
@@ -66,6 +68,9 @@ pub struct NodeStatus {
     /// How servers see this node from outside.
     #[serde(default)]
     pub net: NetStatus,
+    /// `None` while the mesh is off.
+    #[serde(default)]
+    pub offloads: Option<OffloadStatus>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

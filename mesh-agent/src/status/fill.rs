@@ -18,12 +18,13 @@ use mesh_proto::path::score;
 use mesh_proto::path::view::{CandidateView, PathView};
 
 use super::net::{FamilyStatus, NetStatus, Netcheck, Udp};
+use super::offload::OffloadStatus;
 use super::path::{AddressKind, Nat, NatStatus, PathStatus, SwitchStatus, Tier, TriedAddress};
 use super::{
     API_VERSION, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState, PrefixStatus, Problem,
     ServerState, ServerStatus, Status,
 };
-use crate::dataplane::EngineStats;
+use crate::dataplane::{EngineStats, Offloads};
 use crate::io::carriers::Carriers;
 use crate::io::session::CarrierKind;
 use crate::state::State;
@@ -39,6 +40,7 @@ pub struct Facts<'a> {
     pub carriers: &'a Carriers,
     pub counters: &'a dyn Fn(&WgPublicKey) -> PeerCounters,
     pub engine: &'a EngineStats,
+    pub offloads: Offloads,
     pub host_name: &'a str,
     pub started_at_ms: u64,
     pub is_ready: bool,
@@ -70,6 +72,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
             namespace: Some(view.namespace.to_string()),
             problems,
             net: net(view),
+            offloads: Some(offloads(facts.offloads)),
             ..node(facts.config, facts.started_at_ms)
         },
         servers: servers(facts),
@@ -116,6 +119,16 @@ fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
         started_at_ms,
         problems: Vec::new(),
         net: NetStatus::default(),
+        offloads: None,
+    }
+}
+
+fn offloads(granted: Offloads) -> OffloadStatus {
+    OffloadStatus {
+        tun_tcp: granted.device.tcp,
+        tun_udp: granted.device.udp,
+        udp_send: granted.socket.segmentation,
+        udp_receive: granted.socket.receive,
     }
 }
 

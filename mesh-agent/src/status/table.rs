@@ -54,6 +54,9 @@ impl Status {
         let addresses: Vec<String> = v4.into_iter().chain(v6).collect();
         line("Addresses", &if addresses.is_empty() { "none yet".to_owned() } else { addresses.join(", ") });
         line("Interface", &format!("{}, UDP port {}", node.interface, node.listen_port));
+        if let Some(offloads) = node.offloads {
+            line("Offloads", &offloads.words());
+        }
         line("Node id", &node.id);
         if show.wide {
             line("Public key", &node.public_key);

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::net::{FamilyStatus, Netcheck, Udp};
+use super::offload::OffloadStatus;
 use super::path::{AddressKind, FilteringWord, MappingWord, Nat, SwitchStatus, Tier, TriedAddress};
 use super::*;
 
@@ -23,6 +24,7 @@ pub(crate) fn example() -> Status {
             started_at_ms: 1_000_000,
             problems: vec![Problem { what: "no server answers".to_owned(), fix: "open UDP 7443".to_owned() }],
             net: net(),
+            offloads: Some(OffloadStatus { tun_tcp: true, tun_udp: false, udp_send: true, udp_receive: true }),
         },
         servers: vec![ServerStatus {
             endpoint: "https://disc.example:7443".to_owned(),
@@ -122,6 +124,7 @@ Node        node-1 in mesh home
 State       degraded (65 s, version 0.1.0)
 Addresses   198.19.0.7, fd00::7
 Interface   mesh0, UDP port 51872
+Offloads    TUN TCP, UDP send, UDP receive (the kernel lacks TUN UDP)
 Node id     abababababababababababababababababababababababababababababababab
 
 Problem: no server answers
