@@ -96,6 +96,8 @@ pub struct Mesh {
     pub allow_down_peer_bypass: bool,
     /// Whether default routes and prefixes wider than /8 (IPv4) or /16 (IPv6) are accepted. Default false.
     pub allow_wide_prefixes: bool,
+    /// Whether the router before this node is asked, by PCP, NAT-PMP or UPnP, to lead a port to it. Default true.
+    pub port_mapping: bool,
     /// Plain WireGuard devices. Default none.
     pub static_peers: Vec<StaticPeer>,
     pub filters: Filters,
@@ -124,6 +126,7 @@ impl Default for Mesh {
             overlay_v4_pool: OVERLAY_V4_POOL,
             allow_down_peer_bypass: false,
             allow_wide_prefixes: false,
+            port_mapping: true,
             static_peers: Vec::new(),
             filters: Filters::default(),
             deny_nodes: BTreeSet::new(),

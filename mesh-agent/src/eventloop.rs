@@ -18,7 +18,7 @@ use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Endpoint, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::path::agent::PathPolicy;
-use tokio::time::{MissedTickBehavior, interval, sleep_until};
+use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 use zeroize::Zeroizing;
 
 use crate::api::ApiRequest;
@@ -27,6 +27,7 @@ use crate::dataplane::udp::BindError;
 use crate::dataplane::{BoringTunnels, Engine, Tun, UdpSockets};
 use crate::device::{ApplyError, HostDevice, HostWatch, ObserveError};
 use crate::io::carriers::{CarrierEvent, Carriers};
+use crate::io::port_mapping::PortMapping;
 use crate::io::session::{Dialer, ServerAddress};
 use crate::services::{Answer, Services, Wish};
 use crate::state::State;
@@ -47,6 +48,8 @@ const HOST_PAUSE: Duration = Duration::from_millis(200);
 const STORE_PAUSE: Duration = Duration::from_secs(1);
 /// Until members that could not be written are tried again.
 const STORE_RETRY: Duration = Duration::from_secs(10);
+/// How long a router may take to hear that its port is not needed any more: the process ends without its answer.
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 /// A departure that takes longer is cut short; what is left on the host is named.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -71,6 +74,7 @@ pub struct Node<'a> {
     host: HostDevice,
     watch: HostWatch,
     carriers: Carriers,
+    ports: PortMapping,
     state: &'a mut State,
     started_at_ms: u64,
     store_at: Option<Instant>,
@@ -178,6 +182,7 @@ impl<'a> Node<'a> {
             host,
             watch,
             carriers,
+            ports: PortMapping::default(),
             state,
             started_at_ms,
             store_at: None,
@@ -199,8 +204,12 @@ impl<'a> Node<'a> {
         tunnels.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             match self.drain(services).await {
-                Some(Done::Left { is_clean }) => return Ok(self.leave(is_clean)),
+                Some(Done::Left { is_clean }) => {
+                    self.give_port_back().await;
+                    return Ok(self.leave(is_clean));
+                }
                 Some(Done::MovedPort) => {
+                    self.give_port_back().await;
                     let config = Box::new(self.config.clone());
                     return Ok(self.start_anew(config, Vec::new()));
                 }
@@ -226,6 +235,7 @@ impl<'a> Node<'a> {
                         CarrierEvent::Closed(reason) => self.agent.handle_disconnected(server, &reason, now),
                     }
                 }
+                (request, outcome) = self.ports.next() => self.agent.handle_mapping(request, outcome, clock::now()),
                 () = self.engine.wait() => self.report_peers(),
                 _ = tunnels.tick() => {
                     self.engine.handle_timeout(clock::now());
@@ -322,6 +332,7 @@ impl<'a> Node<'a> {
                 let opened = self.engine.open_extra(family, count);
                 self.agent.handle_sockets(&peer, &opened, clock::now());
             }
+            AgentEvent::MapPort(request) => self.ports.start(request),
             AgentEvent::CloseSockets(closed) => self.engine.close_extra(&closed),
             AgentEvent::SendRelay { server, message } => self.carriers.send_relay(server, message),
             AgentEvent::Relayed { server, peer, datagram } => self.engine.handle_relayed(&peer, server, &datagram),
@@ -485,6 +496,7 @@ impl<'a> Node<'a> {
             Wish::Terminate => {
                 tracing::info!("stopping; routes fail closed until the next start");
                 self.store_for_the_next_start();
+                self.give_port_back().await;
                 self.keep_only_the_floor().await;
                 self.engine.stop();
                 return Ok(Some(Ended::Terminated));
@@ -537,6 +549,7 @@ impl<'a> Node<'a> {
                 tracing::info!(
                     "the new configuration changes interface or port: starting anew; routes fail closed meanwhile"
                 );
+                self.give_port_back().await;
                 return Some(self.start_anew(config, answer.into_iter().collect()));
             }
             (Ok(mut settings), Ok(_)) => {
@@ -582,6 +595,28 @@ impl<'a> Node<'a> {
             if let Err(error) = self.host.apply(&step).await {
                 tracing::debug!(%error, "not undone at the end");
             }
+        }
+    }
+
+    /// The router is told that nobody is here any more; one that does not answer forgets by itself.
+    async fn give_port_back(&mut self) {
+        self.agent.handle_stop(clock::now());
+        let heard = timeout(RELEASE_LIMIT, async {
+            loop {
+                while let Some(event) = self.agent.poll_event() {
+                    if let AgentEvent::MapPort(request) = event {
+                        self.ports.start(request);
+                    }
+                }
+                if self.ports.is_idle() {
+                    return;
+                }
+                let (request, outcome) = self.ports.next().await;
+                self.agent.handle_mapping(request, outcome, clock::now());
+            }
+        });
+        if heard.await.is_err() {
+            tracing::debug!("the router did not say that it gave up the port of this node");
         }
     }
 

@@ -16,6 +16,7 @@ pub mod fill;
 mod names;
 pub mod net;
 pub mod path;
+pub mod port_mapping;
 mod table;
 mod why;
 
