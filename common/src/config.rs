@@ -98,6 +98,8 @@ pub struct Mesh {
     pub allow_wide_prefixes: bool,
     /// Whether the router before this node is asked, by PCP, NAT-PMP or UPnP, to lead a port to it. Default true.
     pub port_mapping: bool,
+    /// Whether peers may measure the tunnel to this node. Default true.
+    pub speedtest: bool,
     /// Plain WireGuard devices. Default none.
     pub static_peers: Vec<StaticPeer>,
     pub filters: Filters,
@@ -127,6 +129,7 @@ impl Default for Mesh {
             allow_down_peer_bypass: false,
             allow_wide_prefixes: false,
             port_mapping: true,
+            speedtest: true,
             static_peers: Vec::new(),
             filters: Filters::default(),
             deny_nodes: BTreeSet::new(),

@@ -5,10 +5,13 @@
 //! the host is reported to the machine and shown in `status`.
 
 use std::fmt;
+use std::net::Ipv6Addr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use ipnet::{IpNet, Ipv6Net};
 use mesh_common::config::Config;
 use mesh_common::host_name::HostName;
 use mesh_common::id::ServerId;
@@ -30,6 +33,7 @@ use crate::io::carriers::{CarrierEvent, Carriers};
 use crate::io::port_mapping::PortMapping;
 use crate::io::session::{Dialer, ServerAddress};
 use crate::services::{Answer, Services, Wish};
+use crate::speedtest::service::Service as Speedtest;
 use crate::state::State;
 use crate::status::Status;
 use crate::{device, node_settings, secrets, status};
@@ -75,6 +79,9 @@ pub struct Node<'a> {
     watch: HostWatch,
     carriers: Carriers,
     ports: PortMapping,
+    speedtest: Option<Speedtest>,
+    /// Of this agent's local API.
+    socket: PathBuf,
     state: &'a mut State,
     started_at_ms: u64,
     store_at: Option<Instant>,
@@ -124,7 +131,7 @@ struct Leaving {
 
 impl<'a> Node<'a> {
     /// Opens everything a node needs; fails with what is missing before anything is announced.
-    pub async fn start(config: Config, state: &'a mut State) -> anyhow::Result<Self> {
+    pub async fn start(config: Config, state: &'a mut State, socket: &Path) -> anyhow::Result<Self> {
         let mut settings = node_settings::load(&config).await?;
         let host_name = settings.host_name.clone();
         let secret = secrets::cluster_secret(&config.cluster.secret)?;
@@ -183,6 +190,8 @@ impl<'a> Node<'a> {
             watch,
             carriers,
             ports: PortMapping::default(),
+            speedtest: None,
+            socket: socket.to_owned(),
             state,
             started_at_ms,
             store_at: None,
@@ -413,14 +422,34 @@ impl<'a> Node<'a> {
         if !self.engine.link_lost() {
             match self.host.configure_link(link).await {
                 Err(error) if error.is_missing_link() => {}
-                other => return Ok(other?),
+                other => {
+                    other?;
+                    self.serve_speedtests();
+                    return Ok(());
+                }
             }
         }
         let tun = Tun::create(&link.name)?;
         self.host.set_link(Some(tun.index()), link.listen_port);
         self.engine.replace_tun(tun);
         self.link_lost = false;
-        Ok(self.host.configure_link(link).await?)
+        self.host.configure_link(link).await?;
+        self.serve_speedtests();
+        Ok(())
+    }
+
+    /// On the link as it is now, or not at all.
+    fn serve_speedtests(&mut self) {
+        self.speedtest = None;
+        let mesh = &self.config.mesh;
+        if !mesh.speedtest {
+            return;
+        }
+        let overlay = [IpNet::V4(mesh.overlay_v4_pool), IpNet::V6(overlay_v6_net(self.agent.overlay_v6()))];
+        match Speedtest::start(mesh.interface_name.as_str(), overlay, &self.socket) {
+            Ok(service) => self.speedtest = Some(service),
+            Err(error) => tracing::warn!(%error, "peers cannot test how fast the tunnel to this node is"),
+        }
     }
 
     async fn observe(&mut self) -> Option<Observed> {
@@ -556,7 +585,12 @@ impl<'a> Node<'a> {
                 settings.listen_port = self.listen_port;
                 self.set_servers(node_settings::servers(&config));
                 self.host_name = settings.host_name.clone();
+                let served = |config: &Config| (config.mesh.speedtest, config.mesh.overlay_v4_pool);
+                let before = served(&self.config);
                 self.config = *config;
+                if served(&self.config) != before {
+                    self.serve_speedtests();
+                }
                 self.agent.handle_settings(settings, clock::now());
                 tracing::info!("the new configuration is in force");
                 respond(answer, Ok(()));
@@ -671,6 +705,11 @@ impl<'a> Node<'a> {
             now: clock::now(),
         })
     }
+}
+
+/// Where the own IPv6 addresses of all members are.
+fn overlay_v6_net(own: Ipv6Addr) -> Ipv6Net {
+    Ipv6Net::new(own, 64).expect("64 is a prefix length").trunc()
 }
 
 /// Binds the port that the node moved to, or else the configured one; `port` is then what it is.
