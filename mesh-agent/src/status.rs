@@ -18,6 +18,7 @@ mod names;
 pub mod net;
 pub mod offload;
 pub mod path;
+pub mod port_mapping;
 mod table;
 mod why;
 

@@ -14,6 +14,7 @@ pub mod binaries;
 pub mod capture;
 pub mod checks;
 pub mod demo;
+pub mod gateway;
 pub mod host;
 pub mod impair;
 pub mod isolation;

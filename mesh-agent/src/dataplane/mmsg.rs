@@ -220,7 +220,7 @@ impl<'a> Message<'a> {
 /// Says how to cut the message and what it says of congestion, if there is anything to say.
 fn write_control(header: &mut libc::msghdr, control: &mut Control, message: &Message<'_>, is_v4: bool) {
     let class = (message.run.ecn != Ecn::NotCapable).then(|| libc::c_int::from(message.run.ecn.bits()));
-    let segment = message.is_whole_run.then(|| message.run.segment as u16);
+    let segment = message.is_whole_run.then_some(message.run.segment as u16);
     if class.is_none() && segment.is_none() {
         return;
     }

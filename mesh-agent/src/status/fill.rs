@@ -20,6 +20,7 @@ use mesh_proto::path::view::{CandidateView, PathView};
 use super::net::{FamilyStatus, NetStatus, Netcheck, Udp};
 use super::offload::OffloadStatus;
 use super::path::{AddressKind, Nat, NatStatus, PathStatus, SwitchStatus, Tier, TriedAddress};
+use super::port_mapping::PortMappingStatus;
 use super::{
     API_VERSION, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState, PrefixStatus, Problem,
     ServerState, ServerStatus, Status,
@@ -71,7 +72,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
             state,
             namespace: Some(view.namespace.to_string()),
             problems,
-            net: net(view),
+            net: net(facts),
             offloads: Some(offloads(facts.offloads)),
             ..node(facts.config, facts.started_at_ms)
         },
@@ -83,7 +84,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
 
 /// How the network looks from here; complete when no answer is awaited any more.
 pub fn netcheck(facts: &Facts<'_>, is_complete: bool) -> Netcheck {
-    Netcheck { is_complete, listen_port: facts.view.listen_port, net: net(facts.view), servers: servers(facts) }
+    Netcheck { is_complete, listen_port: facts.view.listen_port, net: net(facts), servers: servers(facts) }
 }
 
 /// The mesh is off.
@@ -132,7 +133,8 @@ fn offloads(granted: Offloads) -> OffloadStatus {
     }
 }
 
-fn net(view: &View) -> NetStatus {
+fn net(facts: &Facts<'_>) -> NetStatus {
+    let view = facts.view;
     let family = |report: &FamilyReport| FamilyStatus {
         udp: match (report.reflexive.is_empty(), report.udp_blocked) {
             (_, true) => Udp::Blocked,
@@ -145,7 +147,11 @@ fn net(view: &View) -> NetStatus {
         hairpin: report.hairpin,
         keeps_port: report.keeps_port,
     };
-    NetStatus { v4: family(&view.net.v4), v6: family(&view.net.v6) }
+    NetStatus {
+        v4: family(&view.net.v4),
+        v6: family(&view.net.v6),
+        port_mapping: PortMappingStatus::new(&view.port_mapping, view.listen_port, facts.now),
+    }
 }
 
 fn servers(facts: &Facts<'_>) -> Vec<ServerStatus> {
@@ -348,7 +354,8 @@ fn counters(facts: &Facts<'_>) -> BTreeMap<String, u64> {
     let probes = facts.view.dropped_probes.iter().map(|(why, count)| (why.clone(), *count));
     let malformed = ("session_messages_malformed".to_owned(), facts.view.malformed);
     let stun = ("stun_rejected".to_owned(), facts.view.stun_rejected);
-    drops.chain(refused).chain(probes).chain([malformed, stun]).collect()
+    let mapping = facts.view.port_mapping_counters.clone();
+    drops.chain(refused).chain(probes).chain(mapping).chain([malformed, stun]).collect()
 }
 
 fn micros(duration: Duration) -> u64 {

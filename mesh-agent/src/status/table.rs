@@ -61,6 +61,7 @@ impl Status {
         if show.wide {
             line("Public key", &node.public_key);
             line("Namespace", node.namespace.as_deref().unwrap_or("none"));
+            line("Mapped port", &node.net.port_mapping.line());
         }
         for problem in &node.problems {
             let _ = writeln!(text, "\nProblem: {}\n    Fix: {}", clean(&problem.what), clean(&problem.fix));

@@ -3,6 +3,7 @@
 use super::net::{FamilyStatus, Netcheck, Udp};
 use super::offload::OffloadStatus;
 use super::path::{AddressKind, FilteringWord, MappingWord, Nat, SwitchStatus, Tier, TriedAddress};
+use super::port_mapping::{PortMappingProtocol, PortMappingState, PortMappingStatus};
 use super::*;
 
 /// A node with one of everything, for tests of what is shown and sent.
@@ -84,7 +85,16 @@ fn net() -> NetStatus {
         hairpin: Some(false),
         keeps_port: Some(false),
     };
-    NetStatus { v4, v6: FamilyStatus { udp: Udp::Blocked, ..FamilyStatus::default() } }
+    let port_mapping = PortMappingStatus {
+        state: PortMappingState::Mapped,
+        router: Some(Ipv4Addr::new(192, 168, 1, 1)),
+        protocol: Some(PortMappingProtocol::Pcp),
+        external: Some("203.0.113.7:51872".parse().unwrap()),
+        next_in_ms: Some(28 * 60_000),
+        tried: BTreeMap::from([(PortMappingProtocol::Pcp, "works".to_owned())]),
+        detail: "203.0.113.7:51872, which router 192.168.1.1 leads to this node (PCP)".to_owned(),
+    };
+    NetStatus { v4, v6: FamilyStatus { udp: Udp::Blocked, ..FamilyStatus::default() }, port_mapping }
 }
 
 fn relayed() -> PathStatus {
@@ -196,6 +206,8 @@ Hairpin     no
 
 IPv6        UDP is blocked: no server answers over it, so peers elsewhere are reached over relays
 
+Mapped port 203.0.113.7:51872, which router 192.168.1.1 leads to this node (PCP); renewed in 28 min
+
 SERVER                     STATE      CARRIER    ROUND TRIP  RELAY  PROXY                               DETAIL
 https://disc.example:7443  connected  websocket  3.4 ms      yes    http://(hidden)@proxy.example:3128
 ";
@@ -204,6 +216,7 @@ https://disc.example:7443  connected  websocket  3.4 ms      yes    http://(hidd
     let json = serde_json::to_value(&netcheck).unwrap();
     assert_eq!(json["net"]["v4"]["nat"]["mapping"], "port-independent");
     assert_eq!(json["net"]["v6"]["udp"], "blocked");
+    assert_eq!(json["net"]["port_mapping"]["tried"]["pcp"], "works");
 }
 
 #[test]

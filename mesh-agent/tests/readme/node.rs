@@ -20,6 +20,7 @@ use mesh_proto::discovery::client::ClientState;
 use mesh_proto::mesh::agent::{Dropped, PeerView, ServerView, View};
 use mesh_proto::mesh::members::{RejectedShape, Rejection};
 use mesh_proto::mesh::peer::Verdict;
+use mesh_proto::net::port_mapping::{MapperState, MapperView};
 use mesh_proto::net::report::{FamilyReport, Report};
 use mesh_proto::path::agent::{PathAgent, PathState};
 use mesh_proto::sealed::OpenError;
@@ -69,6 +70,8 @@ fn view(now: Instant) -> View {
             rtt: None,
         }],
         net: Report::default(),
+        port_mapping: MapperView { state: MapperState::NotNeeded, router: None, next: None, tried: BTreeMap::new() },
+        port_mapping_counters: BTreeMap::new(),
         stun_rejected: 0,
         peers: vec![peer],
         failed_steps: BTreeMap::new(),
