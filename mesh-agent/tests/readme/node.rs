@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_agent::clock;
-use mesh_agent::dataplane::{BoringTunnels, Engine, EngineStats, Tun, UdpSockets};
+use mesh_agent::dataplane::{BoringTunnels, Engine, EngineStats, Offloads, Tun, UdpSockets};
 use mesh_agent::io::carriers::Carriers;
 use mesh_agent::io::session::Dialer;
 use mesh_agent::status::{Show, Status, fill};
@@ -107,6 +107,7 @@ fn shown(view: &View, is_state_dir_failing: bool, now: Instant) -> Status {
         carriers: &Carriers::new(dialer),
         counters: &counters,
         engine: &drops(),
+        offloads: Offloads::default(),
         host_name: "node-1",
         started_at_ms: 0,
         is_ready: true,

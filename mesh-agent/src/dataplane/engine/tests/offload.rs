@@ -81,7 +81,8 @@ fn a_super_packet_arrives_in_pieces_where_the_host_takes_none() {
     assert_eq!(got.len(), 29);
     for (header, packet) in &got {
         assert_eq!(*header, VnetHeader::default());
-        let sum = Sum::default().plus(&packet[12..20]).plus_u16(6).plus_u16(packet.len() as u16 - 20).plus(&packet[20..]);
+        let sum =
+            Sum::default().plus(&packet[12..20]).plus_u16(6).plus_u16(packet.len() as u16 - 20).plus(&packet[20..]);
         assert_eq!(sum.finish(), [0, 0], "a right checksum");
     }
 }
@@ -91,14 +92,14 @@ fn a_super_packet_that_its_description_does_not_fit_costs_a_counter() {
     let net = MemoryNet::default();
     let mut nodes = nodes(&net, ALL);
     connect(&mut nodes);
-    let (header, packet) = super_packet(&payload(), 1380);
+    let (header, bytes) = super_packet(&payload(), 1380);
     for bad in [
         VnetHeader { segment: 0, ..header },
         VnetHeader { gso: Gso::Unknown(3), ..header },
         VnetHeader { gso: Gso::TcpV6, ..header },
         VnetHeader { gso: Gso::None, checksum_start: 0xffff, ..header },
     ] {
-        nodes[0].host.send_described(bad, &packet);
+        nodes[0].host.send_described(bad, &bytes);
     }
     until(&mut nodes, "all are counted", |nodes| nodes[0].dropped("out_malformed") == 4);
     let honest = packet("10.0.0.1", "10.0.0.2", 3, 90);
