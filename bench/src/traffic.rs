@@ -41,7 +41,7 @@ pub enum Order {
     /// Reads every stream to its end.
     TcpSink { meet: Meet },
     /// Sends datagrams of one size at a fixed rate, never more than a short burst behind.
-    UdpSource { to: SocketAddr, run: u32, size: usize, per_second: f64, seconds: f64 },
+    UdpSource { to: SocketAddr, run: u32, size: usize, rate: Rate, seconds: f64 },
     /// Counts the datagrams of one run until it is told to finish.
     UdpSink { at: SocketAddr, run: u32 },
     /// Sends back what comes until it is told to finish.
@@ -50,6 +50,14 @@ pub enum Order {
     Ping { to: SocketAddr, every_micros: u64, seconds: f64 },
     /// Sends what no WireGuard peer would, as fast as the kernel takes it.
     Junk { to: SocketAddr, seconds: f64 },
+}
+
+/// How datagrams are spread over time.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Rate {
+    pub per_second: f64,
+    /// The sender sleeps so long, and then sends what is due.
+    pub wake_every: Duration,
 }
 
 /// Who connects to whom; data may flow either way.

@@ -81,6 +81,18 @@ const UNROUTABLE_V6: [Ipv6Net; 5] = [
     Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
 ];
 
+/// What is an address on some network only: private, between a carrier and its customers (100.64.0.0/10), of a transition
+/// mechanism, for benchmarks, reserved.
+const NOT_PUBLIC_V4: [Ipv4Net; 7] = [
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
+    Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 0, 0, 0), 24),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
+    Ipv4Net::new_assert(Ipv4Addr::new(198, 18, 0, 0), 15),
+    Ipv4Net::new_assert(Ipv4Addr::new(240, 0, 0, 0), 4),
+];
+
 /// Judges a prefix by itself. `allow_wide` lifts the refusal of default and very wide routes, which hold unroutable space
 /// and cannot do without; never that of others.
 pub fn check_prefix(prefix: IpNet, allow_wide: bool) -> Result<(), PrefixRefusal> {
@@ -102,6 +114,11 @@ pub fn check_prefix(prefix: IpNet, allow_wide: bool) -> Result<(), PrefixRefusal
 /// Whether unicast traffic to this address can cross a router.
 pub fn is_routable(addr: IpAddr) -> bool {
     !unroutable().any(|range| range.contains(&addr))
+}
+
+/// Whether the Internet can have a host of this address.
+pub fn is_public_v4(addr: Ipv4Addr) -> bool {
+    is_routable(addr.into()) && !NOT_PUBLIC_V4.iter().any(|range| range.contains(&addr))
 }
 
 fn unroutable() -> impl Iterator<Item = IpNet> {
@@ -194,6 +211,21 @@ mod tests {
         }
         for text in ["::", "::1", "::ffff:10.0.0.1", "fe80::1", "ff02::1"] {
             assert!(!routable(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn addresses_behind_some_nat_are_not_public() {
+        for text in ["1.1.1.1", "100.63.255.255", "100.128.0.0", "172.15.0.1", "192.0.2.1", "203.0.113.9"] {
+            assert!(is_public_v4(text.parse().unwrap()), "{text}");
+        }
+        for text in
+            ["10.1.2.3", "100.64.0.1", "100.127.255.255", "172.31.0.1", "192.0.0.2", "192.168.1.1", "198.19.0.1"]
+        {
+            assert!(!is_public_v4(text.parse().unwrap()), "{text}");
+        }
+        for text in ["0.0.0.0", "127.0.0.1", "169.254.3.4", "224.0.0.1", "250.1.1.1", "255.255.255.255"] {
+            assert!(!is_public_v4(text.parse().unwrap()), "{text}");
         }
     }
 }

@@ -98,6 +98,10 @@ pub struct Mesh {
     pub allow_down_peer_bypass: bool,
     /// Whether default routes and prefixes wider than /8 (IPv4) or /16 (IPv6) are accepted. Default false.
     pub allow_wide_prefixes: bool,
+    /// Whether the router before this node is asked, by PCP, NAT-PMP or UPnP, to lead a port to it. Default true.
+    pub port_mapping: bool,
+    /// Whether peers may measure the tunnel to this node. Default true.
+    pub speedtest: bool,
     /// Plain WireGuard devices. Default none.
     pub static_peers: Vec<StaticPeer>,
     pub filters: Filters,
@@ -127,6 +131,8 @@ impl Default for Mesh {
             overlay_v4_pool: OVERLAY_V4_POOL,
             allow_down_peer_bypass: false,
             allow_wide_prefixes: false,
+            port_mapping: true,
+            speedtest: true,
             static_peers: Vec::new(),
             filters: Filters::default(),
             deny_nodes: BTreeSet::new(),

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write as _};
 use std::net::{SocketAddr, TcpListener};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,8 +25,10 @@ use crate::metrics::{Health, StunCounters};
 use crate::tls::Identity;
 use crate::{http, quic, socket, stun};
 
-/// Clients asked to leave come back spread over this.
-const RETURN_SPREAD: Duration = Duration::from_secs(5);
+/// Clients asked to leave come back spread over the time that a server needs to take them all in, so that a small mesh waits
+/// little for its relay: this for each, within bounds.
+const RETURN_OF_ONE: Duration = Duration::from_millis(1);
+const RETURN_SPREAD: RangeInclusive<Duration> = Duration::from_millis(500)..=Duration::from_secs(5);
 /// How long clients get to leave by themselves.
 const DRAIN: Duration = Duration::from_secs(2);
 /// The last packets of QUIC.
@@ -122,13 +125,18 @@ async fn serve(identity: &IdentityArgs, args: &ServeArgs, tls: &Identity) -> any
     info!(cause, sessions, "stopping: clients are asked to come back later");
     endpoint.set_server_config(None);
     doors.abort_all();
-    hub.shut_down(RETURN_SPREAD);
+    hub.shut_down(return_spread(sessions));
     let all_left = tokio::time::timeout(DRAIN, hub.emptied()).await.is_ok();
     endpoint.close(VarInt::from_u32(0), b"the server stops");
     // What is not acknowledged by now never will be.
     let _ = tokio::time::timeout(LAST_PACKETS, endpoint.wait_idle()).await;
     info!(all_left, "stopped");
     Ok(())
+}
+
+fn return_spread(sessions: u64) -> Duration {
+    let all = RETURN_OF_ONE.saturating_mul(u32::try_from(sessions).unwrap_or(u32::MAX));
+    all.clamp(*RETURN_SPREAD.start(), *RETURN_SPREAD.end())
 }
 
 fn machine(args: &ServeArgs, stun_ports: Vec<u16>, stun_alt: Vec<SocketAddr>) -> anyhow::Result<Server> {

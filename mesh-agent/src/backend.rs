@@ -16,7 +16,7 @@ use mesh_proto::device::{Capabilities, Endpoint, Family, PeerCounters, PeerRepor
 use serde::{Deserialize, Serialize};
 
 use crate::clock;
-use crate::dataplane::{BoringTunnels, ControlDatagram, Engine, EngineStats, Tun, UdpSockets};
+use crate::dataplane::{BoringTunnels, ControlDatagram, Engine, EngineStats, Offloads, Tun, UdpSockets};
 use crate::device::remove_leftover;
 use crate::kernel::{self, KernelDevice, KernelError};
 use crate::status::BackendStatus;
@@ -228,6 +228,14 @@ impl Backend {
         match &self.inner {
             Inner::Userspace { engine, .. } => engine.stats(),
             Inner::Kernel(device) => device.stats(),
+        }
+    }
+
+    /// What the host's network does for the data threads; `None` where there are none.
+    pub fn offloads(&self) -> Option<Offloads> {
+        match &self.inner {
+            Inner::Userspace { engine, .. } => Some(engine.offloads()),
+            Inner::Kernel(_) => None,
         }
     }
 

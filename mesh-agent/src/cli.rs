@@ -23,6 +23,7 @@ mod keygen;
 mod netcheck;
 mod ping;
 mod show;
+mod speedtest;
 mod switch;
 mod token_input;
 
@@ -102,6 +103,8 @@ enum Command {
     },
     /// Probe the path to a peer
     Ping(PingArgs),
+    /// Measure what the tunnel to a peer carries, both ways, and say which path carried it
+    Speedtest(SpeedtestArgs),
     /// Show how this node's network looks from outside: UDP, NAT, the way to the servers
     Netcheck,
     /// Look for what commonly keeps a node from its peers, and say what helps
@@ -167,6 +170,15 @@ struct PingArgs {
     count: Option<u32>,
 }
 
+#[derive(Debug, Args)]
+struct SpeedtestArgs {
+    /// A host name, or the start of a node id or public key (4 characters or more)
+    peer: String,
+    /// How long to send each way
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=10))]
+    seconds: u8,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum ViaArg {
     Relay,
@@ -213,6 +225,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Status { why } => show::status(&global, why),
         Command::Peers { name } => show::peers(&global, name.as_deref()),
         Command::Ping(args) => ping::ping(&global, &args),
+        Command::Speedtest(args) => speedtest::speedtest(&global, &args),
         Command::Netcheck => netcheck::netcheck(&global),
         Command::Doctor => doctor::doctor(&global),
         Command::Config(ConfigCommand::Validate) => config_file::validate(&global),

@@ -42,7 +42,7 @@ async fn serve(options: RunOptions) -> anyhow::Result<()> {
     let mut waiting: Vec<Answer> = Vec::new();
     let ended = loop {
         let next = if config.mesh.enabled {
-            match Node::start((*config).clone(), &mut state).await {
+            match Node::start((*config).clone(), &mut state, &settings.socket).await {
                 Ok(node) => {
                     answer_all(&mut waiting, Ok(()));
                     match node.run(&mut services).await {

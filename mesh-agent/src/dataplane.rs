@@ -8,15 +8,17 @@
 //! - Control publishes what the threads read: one immutable snapshot (peers, receiver index, allowed IPs) and per peer a
 //!   path. A thread loads them once a batch.
 //! - What goes over a relay leaves through control: the threads only queue it.
-//! - A tunnel's lock is taken once per batch and peer; with it held nothing is sent, received or waited for.
+//! - A tunnel's lock is taken once per super-packet or received run; with it held nothing is sent, received or waited for.
 //! - Bytes from the network cost a named counter ([`EngineStats`]), never a panic, and queues are bounded.
 //! - An inner packet goes to the host only if its source is in the allowed IPs of the peer whose tunnel opened it.
 //!
-//! Devices and sockets are seen through two traits of whole batches, [`PacketDevice`] and [`DatagramSocket`], so offloads
-//! can come without a change to the threads.
+//! Devices and sockets are seen through two traits, [`PacketDevice`] and [`DatagramSocket`]. The host hands over super-packets
+//! and takes them ([`mesh_proto::offload`] cuts and joins), the kernel takes and gives runs of datagrams; what it lacks of that
+//! ([`Offloads`]) is done without, packet by packet.
 
 mod control;
 mod drops;
+mod ecn;
 mod engine;
 mod extra;
 mod inbound;
@@ -25,6 +27,8 @@ mod inner;
 mod io;
 #[cfg(test)]
 pub(crate) mod memory;
+mod mmsg;
+mod offloads;
 mod outbound;
 mod peer;
 mod queues;
@@ -36,9 +40,11 @@ mod tunnel;
 pub mod udp;
 
 pub use drops::EngineStats;
+pub use ecn::Ecn;
 pub use engine::{Clock, Engine};
 pub(crate) use extra::ExtraSockets;
-pub use io::{Arrival, DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
+pub use io::{Arrival, DatagramSocket, MAX_BATCH, Outgoing, Packed, PacketDevice, Ready, Received, RunOf};
+pub use offloads::{DeviceOffloads, Offloads, SocketOffloads};
 pub use queues::ControlDatagram;
 pub use tun::{Tun, TunError};
 pub use tunnel::{BoringTunnel, BoringTunnels, Refused, TunnelFactory};

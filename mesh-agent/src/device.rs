@@ -8,6 +8,7 @@
 //! Invariants: every step is idempotent; a removal deletes what was seen and nothing that replaced it since.
 
 mod cleanup;
+mod gateway;
 mod link;
 pub(crate) mod nfnetlink;
 mod nft;
@@ -184,6 +185,7 @@ impl HostDevice {
             routes: self.table.routes(),
             rules,
             underlay: link::underlay(&links, &addresses, self.link, all),
+            gateway: gateway::observe(handle).await,
             loosened: self.loosened.in_force(&links),
             mss_clamp,
         })

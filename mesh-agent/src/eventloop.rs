@@ -5,9 +5,12 @@
 //! the host is reported to the machine and shown in `status`.
 
 use std::fmt;
+use std::net::Ipv6Addr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use ipnet::{IpNet, Ipv6Net};
 use mesh_common::config::{BackendChoice, Config};
 use mesh_common::host_name::HostName;
 use mesh_common::id::ServerId;
@@ -18,7 +21,7 @@ use mesh_proto::device::{Action, Endpoint, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::mesh::settings::Settings;
 use mesh_proto::path::agent::PathPolicy;
-use tokio::time::{MissedTickBehavior, interval, sleep_until};
+use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 use zeroize::Zeroizing;
 
 use crate::api::ApiRequest;
@@ -27,8 +30,10 @@ use crate::clock;
 use crate::dataplane::UdpSockets;
 use crate::device::{ApplyError, HostDevice, HostWatch, ObserveError};
 use crate::io::carriers::{CarrierEvent, Carriers};
+use crate::io::port_mapping::PortMapping;
 use crate::io::session::{Dialer, ServerAddress};
 use crate::services::{Answer, Services, Wish};
+use crate::speedtest::service::Service as Speedtest;
 use crate::state::State;
 use crate::status::Status;
 use crate::{device, node_settings, secrets, status};
@@ -47,6 +52,8 @@ const HOST_PAUSE: Duration = Duration::from_millis(200);
 const STORE_PAUSE: Duration = Duration::from_secs(1);
 /// Until members that could not be written are tried again.
 const STORE_RETRY: Duration = Duration::from_secs(10);
+/// How long a router may take to hear that its port is not needed any more: the process ends without its answer.
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 /// A departure that takes longer is cut short; what is left on the host is named.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -71,6 +78,10 @@ pub struct Node<'a> {
     host: HostDevice,
     watch: HostWatch,
     carriers: Carriers,
+    ports: PortMapping,
+    speedtest: Option<Speedtest>,
+    /// Of this agent's local API.
+    socket: PathBuf,
     state: &'a mut State,
     started_at_ms: u64,
     store_at: Option<Instant>,
@@ -120,7 +131,7 @@ struct Leaving {
 
 impl<'a> Node<'a> {
     /// Opens everything a node needs; fails with what is missing before anything is announced.
-    pub async fn start(config: Config, state: &'a mut State) -> anyhow::Result<Self> {
+    pub async fn start(config: Config, state: &'a mut State, socket: &Path) -> anyhow::Result<Self> {
         let mut settings = node_settings::load(&config).await?;
         let host_name = settings.host_name.clone();
         let secret = secrets::cluster_secret(&config.cluster.secret)?;
@@ -177,6 +188,9 @@ impl<'a> Node<'a> {
             host,
             watch,
             carriers,
+            ports: PortMapping::default(),
+            speedtest: None,
+            socket: socket.to_owned(),
             state,
             started_at_ms,
             store_at: None,
@@ -198,8 +212,12 @@ impl<'a> Node<'a> {
         tunnels.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             match self.drain(services).await {
-                Some(Done::Left { is_clean }) => return Ok(self.leave(is_clean)),
+                Some(Done::Left { is_clean }) => {
+                    self.give_port_back().await;
+                    return Ok(self.leave(is_clean));
+                }
                 Some(Done::MovedPort) => {
+                    self.give_port_back().await;
                     let config = Box::new(self.config.clone());
                     return Ok(self.start_anew(config, Vec::new()));
                 }
@@ -225,6 +243,7 @@ impl<'a> Node<'a> {
                         CarrierEvent::Closed(reason) => self.agent.handle_disconnected(server, &reason, now),
                     }
                 }
+                (request, outcome) = self.ports.next() => self.agent.handle_mapping(request, outcome, clock::now()),
                 () = self.backend.wait() => self.report_peers().await,
                 _ = tunnels.tick() => {
                     self.backend.handle_timeout(clock::now());
@@ -321,6 +340,7 @@ impl<'a> Node<'a> {
                 let opened = self.backend.open_extra(&peer, family, count);
                 self.agent.handle_sockets(&peer, &opened, clock::now());
             }
+            AgentEvent::MapPort(request) => self.ports.start(request),
             AgentEvent::CloseSockets(closed) => self.backend.close_extra(&closed),
             AgentEvent::SendRelay { server, message } => self.carriers.send_relay(server, message),
             AgentEvent::Relayed { server, peer, datagram } => self.backend.handle_relayed(&peer, server, &datagram),
@@ -401,13 +421,33 @@ impl<'a> Node<'a> {
         if !self.backend.link_lost() {
             match self.host.configure_link(link).await {
                 Err(error) if error.is_missing_link() => {}
-                other => return Ok(other?),
+                other => {
+                    other?;
+                    self.serve_speedtests();
+                    return Ok(());
+                }
             }
         }
         self.backend.make_link(&link.name).await?;
         self.host.set_link(self.backend.index(), link.listen_port);
         self.link_lost = false;
-        Ok(self.host.configure_link(link).await?)
+        self.host.configure_link(link).await?;
+        self.serve_speedtests();
+        Ok(())
+    }
+
+    /// On the link as it is now, or not at all.
+    fn serve_speedtests(&mut self) {
+        self.speedtest = None;
+        let mesh = &self.config.mesh;
+        if !mesh.speedtest {
+            return;
+        }
+        let overlay = [IpNet::V4(mesh.overlay_v4_pool), IpNet::V6(overlay_v6_net(self.agent.overlay_v6()))];
+        match Speedtest::start(mesh.interface_name.as_str(), overlay, &self.socket) {
+            Ok(service) => self.speedtest = Some(service),
+            Err(error) => tracing::warn!(%error, "peers cannot test how fast the tunnel to this node is"),
+        }
     }
 
     async fn observe(&mut self) -> Option<Observed> {
@@ -487,6 +527,7 @@ impl<'a> Node<'a> {
             Wish::Terminate => {
                 tracing::info!("stopping; routes fail closed until the next start");
                 self.store_for_the_next_start();
+                self.give_port_back().await;
                 self.keep_only_the_floor().await;
                 return Ok(Some(Ended::Terminated));
             }
@@ -541,6 +582,7 @@ impl<'a> Node<'a> {
                         tracing::info!(
                             "the new configuration changes interface, port or backend: starting anew; routes fail closed meanwhile"
                         );
+                        self.give_port_back().await;
                         return Some(self.start_anew(config, answer.into_iter().collect()));
                     }
                     Err(error) => {
@@ -551,7 +593,12 @@ impl<'a> Node<'a> {
                 settings.listen_port = self.listen_port;
                 self.set_servers(node_settings::servers(&config));
                 self.host_name = settings.host_name.clone();
+                let served = |config: &Config| (config.mesh.speedtest, config.mesh.overlay_v4_pool);
+                let before = served(&self.config);
                 self.config = *config;
+                if served(&self.config) != before {
+                    self.serve_speedtests();
+                }
                 self.agent.handle_settings(settings, clock::now());
                 tracing::info!("the new configuration is in force");
                 respond(answer, Ok(()));
@@ -591,6 +638,28 @@ impl<'a> Node<'a> {
             if let Err(error) = self.host.apply(&step).await {
                 tracing::debug!(%error, "not undone at the end");
             }
+        }
+    }
+
+    /// The router is told that nobody is here any more; one that does not answer forgets by itself.
+    async fn give_port_back(&mut self) {
+        self.agent.handle_stop(clock::now());
+        let heard = timeout(RELEASE_LIMIT, async {
+            loop {
+                while let Some(event) = self.agent.poll_event() {
+                    if let AgentEvent::MapPort(request) = event {
+                        self.ports.start(request);
+                    }
+                }
+                if self.ports.is_idle() {
+                    return;
+                }
+                let (request, outcome) = self.ports.next().await;
+                self.agent.handle_mapping(request, outcome, clock::now());
+            }
+        });
+        if heard.await.is_err() {
+            tracing::debug!("the router did not say that it gave up the port of this node");
         }
     }
 
@@ -636,6 +705,7 @@ impl<'a> Node<'a> {
             carriers: &self.carriers,
             counters: &|key| self.backend.counters(key),
             engine: &self.backend.stats(),
+            offloads: self.backend.offloads(),
             started_at_ms: self.started_at_ms,
             backend: &self.backend.status(),
             backend_problem: self.backend.refused(),
@@ -646,6 +716,11 @@ impl<'a> Node<'a> {
             now: clock::now(),
         })
     }
+}
+
+/// Where the own IPv6 addresses of all members are.
+fn overlay_v6_net(own: Ipv6Addr) -> Ipv6Net {
+    Ipv6Net::new(own, 64).expect("64 is a prefix length").trunc()
 }
 
 /// Opens what carries the packets, on the port that the node moved to or else on the configured one; `settings` then has it.

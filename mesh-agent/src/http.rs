@@ -25,6 +25,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 use crate::api::ApiHandle;
+use crate::status::port_mapping::PortMappingState;
 use crate::status::{NodeState, PeerState, ServerState, Status};
 
 const MAX_CONNECTIONS: usize = 16;
@@ -145,6 +146,9 @@ fn metrics(status: &Status) -> String {
             set(&age, labels, age_ms / 1000);
         }
     }
+    let mapped = gauge(&mut registry, "port_mapped", "1 while peers are told of a port of the router");
+    let is_mapped = status.node.net.port_mapping.state == PortMappingState::Mapped;
+    set(&mapped, Vec::new(), u64::from(is_mapped));
     let events = gauge(&mut registry, "events", "Drops and refusals since the agent's start, by name");
     for (name, count) in &status.counters {
         set(&events, vec![("name", name.clone())], *count);

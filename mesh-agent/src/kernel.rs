@@ -33,6 +33,7 @@ use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Endpoint, Family, PeerCounters, PeerReport, PeerRoute, PeerSpec, SocketId};
 use mesh_proto::wire::demux::{Datagram, WireGuardKind, classify};
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -371,6 +372,12 @@ impl KernelDevice {
     /// Opens sockets beside WireGuard's port for a peer, as many of `count` as it can.
     pub fn open_extra(&mut self, peer: &WgPublicKey, family: Family, count: u16) -> Vec<SocketId> {
         let opened = self.extra.open(family, count);
+        let open = self.extra.load();
+        for socket in opened.iter().filter_map(|id| open.get(id)) {
+            // Datagrams are handed on one by one here: they must not come joined. Where the kernel cannot join it cannot stop.
+            let _cannot = setsockopt(socket.socket(), sockopt::UdpGroSegment, &false);
+        }
+        drop(open);
         self.extra_owners.extend(opened.iter().map(|socket| (*socket, *peer)));
         self.drops.extra_not_opened += u64::from(opened.len() < usize::from(count));
         opened
@@ -487,7 +494,7 @@ impl KernelDevice {
 
     fn send_extra(&self, socket: SocketId, to: std::net::SocketAddr, datagram: &[u8], ttl: Option<u8>) -> bool {
         let open = self.extra.load();
-        open.get(&socket).is_some_and(|socket| raw::send_now(socket, to, &[datagram], ttl).is_ok())
+        open.get(&socket).is_some_and(|socket| raw::send_now(socket.socket(), to, &[datagram], ttl).is_ok())
     }
 
     fn take_extra(&mut self) {
@@ -502,7 +509,7 @@ impl KernelDevice {
                 break;
             }
             for (id, socket) in ready {
-                let Ok((length, source)) = raw::receive_now(&socket, &mut buffer) else { continue };
+                let Ok((length, source)) = raw::receive_now(socket.socket(), &mut buffer) else { continue };
                 let from = Endpoint::Extra(id, source);
                 match (classify(&buffer[..length]), self.extra_owners.get(&id).copied()) {
                     (Datagram::Probe, _) => {

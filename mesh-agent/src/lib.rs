@@ -20,5 +20,6 @@ pub mod node_settings;
 pub mod secrets;
 pub mod services;
 pub mod settings;
+pub mod speedtest;
 pub mod state;
 pub mod status;

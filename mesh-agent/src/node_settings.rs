@@ -56,6 +56,7 @@ pub async fn load(config: &Config) -> anyhow::Result<Settings> {
         deny_nodes: mesh.deny_nodes.clone(),
         allow_down_peer_bypass: mesh.allow_down_peer_bypass,
         allow_wide_prefixes: mesh.allow_wide_prefixes,
+        port_mapping: mesh.port_mapping,
     })
 }
 

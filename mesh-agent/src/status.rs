@@ -10,13 +10,16 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use self::net::NetStatus;
+use self::offload::OffloadStatus;
 use self::path::{NatStatus, PathStatus};
 use crate::backend::BackendKind;
 
 pub mod fill;
 mod names;
 pub mod net;
+pub mod offload;
 pub mod path;
+pub mod port_mapping;
 mod table;
 mod why;
 
@@ -70,6 +73,9 @@ pub struct NodeStatus {
     /// How servers see this node from outside.
     #[serde(default)]
     pub net: NetStatus,
+    /// `None` while the mesh is off.
+    #[serde(default)]
+    pub offloads: Option<OffloadStatus>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -179,7 +179,7 @@ fn netcheck() -> Netcheck {
     Netcheck {
         is_complete: true,
         listen_port: 51872,
-        net: NetStatus { v4, v6: FamilyStatus::default() },
+        net: NetStatus { v4, ..NetStatus::default() },
         servers: Vec::new(),
     }
 }
@@ -225,6 +225,7 @@ fn status(state: NodeState) -> Status {
             started_at_ms: 0,
             problems: Vec::new(),
             backend: None,
+            offloads: None,
             net: NetStatus::default(),
         },
         servers: Vec::new(),

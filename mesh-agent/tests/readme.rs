@@ -78,6 +78,7 @@ fn its_configurations_are_valid_and_one_of_them_names_every_key() {
     assert_eq!(shown.advertise_node_addresses, default.advertise_node_addresses);
     assert_eq!(shown.advertise_kubernetes_networks, default.advertise_kubernetes_networks);
     assert_eq!((shown.allow_down_peer_bypass, shown.allow_wide_prefixes), (false, false));
+    assert_eq!((shown.port_mapping, shown.speedtest), (default.port_mapping, default.speedtest));
 }
 
 #[test]

@@ -15,6 +15,8 @@ pub mod binaries;
 pub mod capture;
 pub mod checks;
 pub mod demo;
+pub mod ethtool;
+pub mod gateway;
 pub mod host;
 pub mod impair;
 pub mod isolation;

@@ -57,6 +57,8 @@ pub enum Selection {
     All,
     /// One pair of each class.
     Smoke,
+    /// The hard pair again and again, and no other.
+    Hard,
     Only(Vec<Pair>),
 }
 
@@ -71,12 +73,13 @@ impl Selection {
                 apart.chain([SAME_NAT]).collect()
             }
             Self::Smoke => SMOKE.to_vec(),
+            Self::Hard => Vec::new(),
             Self::Only(pairs) => pairs.clone(),
         }
     }
 
     fn hard_runs(&self) -> u32 {
-        if *self == Self::All { HARD_RUNS } else { 0 }
+        if matches!(self, Self::All | Self::Hard) { HARD_RUNS } else { 0 }
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -38,6 +38,8 @@ pub struct Observed {
     pub rules: BTreeSet<Family>,
     /// The underlay: every other link that is up, loopback left out.
     pub underlay: Vec<UnderlayLink>,
+    /// The way to the Internet, as far as it is IPv4 and leads over a router.
+    pub gateway: Option<Gateway>,
     /// Underlay links whose filter we set to loose and have not restored.
     pub loosened: BTreeSet<String>,
     pub mss_clamp: MssClamp,
@@ -74,6 +76,14 @@ pub struct UnderlayLink {
     pub rp_filter: u8,
     /// Bridges of containers, overlays of others: never a candidate.
     pub virtual_kind: Option<String>,
+}
+
+/// The next router on the way to the Internet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Gateway {
+    pub router: Ipv4Addr,
+    /// This host's address on the router's network.
+    pub client: Ipv4Addr,
 }
 
 /// One WireGuard peer as the device should hold it. Where its packets go is not here: see [`PeerRoute`].

@@ -7,6 +7,8 @@ use bytes::Bytes;
 use mesh_common::id::NodeId;
 use mesh_common::key::{ClusterKeys, ClusterSecret, ProbeKey, WgSecret};
 
+use crate::offload::coalesce::Accepts;
+use crate::offload::{self, Coalescer, Cut, Malformed, VnetHeader};
 use crate::sealed;
 use crate::wire::demux::{self, Datagram};
 use crate::wire::frame::Frame;
@@ -18,7 +20,7 @@ use crate::wire::stun;
 /// A body by the name of its target and corpus directory.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 9] = [
     ("frame", frame),
     ("record", record),
     ("client_message", client_message),
@@ -26,6 +28,8 @@ pub const TARGETS: [Target; 7] = [
     ("deframer", deframer),
     ("datagram", datagram),
     ("probe", probe),
+    ("cut", cut),
+    ("coalesce", coalesce),
 ];
 
 /// A frame is kept byte for byte, and one that opens was signed by the node it names.
@@ -101,6 +105,63 @@ pub fn probe(data: &[u8]) {
         let again = wire_probe::seal(&key, &opened.instance, opened.counter, [7; 24], &opened.probe, None);
         assert_eq!(wire_probe::open(&key, &again), Ok(opened));
     }
+}
+
+/// The first ten bytes describe the rest. The pieces of a super-packet are whole packets, none larger than they may be; all the
+/// payload is in them.
+pub fn cut(data: &[u8]) {
+    let Some((header, packet)) = data.split_first_chunk() else { return };
+    let packet = &packet[..packet.len().min(offload::MAX_PACKET)];
+    let (header, mut whole) = (VnetHeader::parse(header), packet.to_vec());
+    match offload::cut::cut(header, &mut whole) {
+        Ok(Cut::Whole) => assert_eq!(whole.len(), packet.len()),
+        Ok(Cut::Segments(mut segments)) => {
+            let mut count = 0;
+            while let Some(range) = segments.next(&mut whole) {
+                assert!(range.len() <= segments.max_len() && range.end <= packet.len());
+                let piece = &whole[range];
+                let is_v4 = piece[0] >> 4 == 4;
+                let at = if is_v4 { 2 } else { 4 };
+                let len = usize::from(u16::from_be_bytes([piece[at], piece[at + 1]])) + if is_v4 { 0 } else { 40 };
+                assert_eq!(len, piece.len());
+                count += 1;
+            }
+            let payload = packet.len() - (segments.max_len() - usize::from(header.segment));
+            assert_eq!(count, payload.div_ceil(usize::from(header.segment)).max(1));
+        }
+        Err(Malformed) => {}
+    }
+}
+
+/// Packets, each after its length in two bytes. What is joined cuts into as many as were joined, and all bytes of payload are
+/// there once.
+pub fn coalesce(data: &[u8]) {
+    let (mut block, mut packets, mut rest) = (Vec::new(), Vec::new(), data);
+    while let Some((len, after)) = rest.split_first_chunk() {
+        let len = usize::from(u16::from_le_bytes(*len)).min(after.len());
+        packets.push(block.len()..block.len() + len);
+        block.extend_from_slice(&after[..len]);
+        rest = &after[len..];
+    }
+    let mut coalescer = Coalescer::default();
+    let accepts = Accepts { tcp: true, udp: true };
+    packets.iter().for_each(|packet| coalescer.add(&block, packet.clone(), accepts));
+    coalescer.finish(&mut block);
+    let mut total = 0;
+    for (header, count, parts) in coalescer.iter(&block) {
+        let mut packet = parts.collect::<Vec<_>>().concat();
+        assert!(count == 1 || packet.len() <= offload::MAX_PACKET);
+        let mut pieces = 1;
+        if count > 1 {
+            let Ok(Cut::Segments(mut segments)) = offload::cut::cut(header, &mut packet) else {
+                panic!("{count} packets were joined to what cannot be cut");
+            };
+            pieces = std::iter::from_fn(|| segments.next(&mut packet)).count();
+        }
+        assert_eq!(pieces, count);
+        total += count;
+    }
+    assert_eq!(total, packets.len());
 }
 
 /// All messages until the stream ends or breaks.

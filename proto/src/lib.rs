@@ -20,6 +20,7 @@ pub mod discovery;
 pub mod fuzz;
 pub mod mesh;
 pub mod net;
+pub mod offload;
 pub mod path;
 pub mod random;
 pub mod relay;

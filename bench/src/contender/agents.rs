@@ -94,7 +94,7 @@ impl Agents {
 }
 
 /// A member that knows the server, not started.
-pub fn node(
+fn node(
     binaries: &Binaries,
     host: &Host,
     address: IpAddr,

@@ -7,15 +7,15 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Figures, Measuring};
+use super::{FINE, Figures, Measuring};
 use crate::{
     machine::Cpu,
     metric::Metric,
-    traffic::{Done, Order},
+    traffic::{Done, Order, Rate},
 };
 
 const SIZE: usize = 1400;
-const PER_SECOND: f64 = 300e6 / 8.0 / SIZE as f64;
+const RATE: Rate = Rate { per_second: 300e6 / 8.0 / SIZE as f64, wake_every: FINE };
 /// The flood lasts a little longer than the traffic it is to disturb.
 const MARGIN: Duration = Duration::from_millis(200);
 
@@ -28,7 +28,7 @@ pub(super) fn measure(measuring: &Measuring<'_>, figures: &mut Figures) -> Resul
     let seconds = measuring.seconds;
 
     let before = Cpu::now(&[pid])?;
-    measuring.udp(SIZE, PER_SECOND, seconds)?;
+    measuring.udp(SIZE, RATE, seconds)?;
     let quiet = before.used()?.processes;
 
     let dropped_before = dropped(measuring, port)?;
@@ -36,7 +36,7 @@ pub(super) fn measure(measuring: &Measuring<'_>, figures: &mut Figures) -> Resul
     let to = SocketAddr::new(measuring.bed.right.address, port);
     let flood = Order::Junk { to, seconds: seconds + MARGIN.as_secs_f64() };
     let flood = measuring.bed.left.generator.order(&flood)?;
-    let (sent, received, _) = measuring.udp(SIZE, PER_SECOND, seconds)?;
+    let (sent, received, _) = measuring.udp(SIZE, RATE, seconds)?;
     let Done::JunkSent { sent: junk } = flood.done()? else { bail!("nobody counted the junk") };
     let flooded = before.used()?.processes;
     let taken = junk.saturating_sub(dropped(measuring, port)? - dropped_before).max(1);

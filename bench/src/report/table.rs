@@ -20,7 +20,9 @@ pub fn render(report: &Report) -> String {
     for measured in &all {
         text += &format!("  {}: {}\n", measured.name, measured.version);
     }
-    text += &figures(&all);
+    if !all.is_empty() {
+        text += &figures(&all);
+    }
     if report.gates.iter().any(|gate| gate.passed.is_some()) {
         text += "\n\n";
         text += &gates(&report.gates);

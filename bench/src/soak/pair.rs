@@ -35,7 +35,7 @@ const BURST: Duration = Duration::from_secs(2);
 /// Around WireGuard's own times: keepalive 10 s, an answer 15 s, and what a report calls deaf, 15 to 30 s.
 const PAUSES: [u64; 5] = [3, 11, 17, 24, 31];
 /// The same and around a rekey at 120 s and the end of a session at 180 s.
-const LONG_PAUSES: [u64; 8] = [5, 12, 18, 28, 45, 70, 125, 190];
+const LONG_PAUSES: [u64; 7] = [5, 12, 18, 28, 70, 125, 190];
 /// What one TCP transfer beside the steady streams carries.
 const TRANSFER: u64 = 32 << 20;
 const TRANSFER_EVERY: Duration = Duration::from_secs(10);
@@ -166,7 +166,7 @@ impl Pair {
             };
             tally.ways.iter_mut().zip(&ways).for_each(|(sum, more)| sum.add(more));
             let pauses: &[u64] = if self.pattern == Pattern::Idle { &LONG_PAUSES } else { &PAUSES };
-            let pause = Duration::from_secs(pauses[random.below(pauses.len() as u64) as usize]);
+            let pause = Duration::from_secs(pauses[burst % pauses.len()]);
             let left = length.saturating_sub(start.elapsed());
             if self.pattern != Pattern::Steady && !left.is_zero() {
                 pass(pause.min(left), &mut handshakes, &self.device)?;
@@ -229,7 +229,8 @@ impl Pair {
     }
 }
 
-/// Which directions a burst uses, in turn: a side that only listens must not go deaf.
+/// Which directions a burst uses, in turn: a side that only listens must not go deaf. Their number and that of the pauses
+/// have no divisor in common, so in time each follows each.
 const WAYS: [[bool; 2]; 4] = [[true, true], [true, false], [true, true], [false, true]];
 
 /// Handshakes as the rival counts them.

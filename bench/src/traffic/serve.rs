@@ -78,7 +78,7 @@ fn obey(order: &Order, parent: &mut Parent) -> Result<Done> {
     match order {
         Order::TcpSource { meet, seconds } => tcp::send(meet, *seconds, parent),
         Order::TcpSink { meet } => tcp::receive(meet, parent),
-        Order::UdpSource { to, run, size, per_second, seconds } => udp::send(*to, *run, *size, *per_second, *seconds),
+        Order::UdpSource { to, run, size, rate, seconds } => udp::send(*to, *run, *size, *rate, *seconds),
         Order::UdpSink { at, run } => udp::receive(*at, *run, parent),
         Order::Echo { at } => echo::echo(*at, parent),
         Order::Ping { to, every_micros, seconds } => echo::ping(*to, *every_micros, *seconds),

@@ -1,8 +1,8 @@
 //! Numbered UDP datagrams at a fixed rate, and a receiver that knows which numbers it has seen.
 //!
-//! A datagram begins with the run and its number. The sender wakes every 100 µs: at 200 Mbit/s that is one or two
-//! datagrams, so an engine finds nothing to batch. When it was kept from running it catches up by a burst that every queue
-//! holds, and gives up the rest: what it could not offer must not look like loss.
+//! A datagram begins with the run and its number. The sender wakes at a steady pace and sends what is due. When it was kept
+//! from running it catches up by a burst that every queue holds, and gives up the rest: what it could not offer must not
+//! look like loss.
 
 use std::{
     net::{SocketAddr, UdpSocket},
@@ -16,18 +16,18 @@ use nix::{
     sys::{prctl, socket::setsockopt, socket::sockopt},
 };
 
-use super::{Done, batch, serve::Parent};
+use super::{Done, Rate, batch, serve::Parent};
 
 /// The smallest datagram that can carry a run and a number.
 const MIN_SIZE: usize = 8;
-const WAKE_EVERY: Duration = Duration::from_micros(100);
 /// Datagrams sent at once at most: less than half of a TUN device's queue.
 const BURST: u64 = 192;
 const BUFFER: usize = 16 << 20;
 /// The receiver looks at the sign to end this often, and ends when nothing came for so long.
 const QUIET: Duration = Duration::from_millis(60);
 
-pub(super) fn send(to: SocketAddr, run: u32, size: usize, per_second: f64, seconds: f64) -> Result<Done> {
+pub(super) fn send(to: SocketAddr, run: u32, size: usize, rate: Rate, seconds: f64) -> Result<Done> {
+    let Rate { per_second, wake_every } = rate;
     let socket = bind_any(to)?;
     socket.connect(to)?;
     // The default rounds every sleep up by 50 µs.
@@ -63,7 +63,7 @@ pub(super) fn send(to: SocketAddr, run: u32, size: usize, per_second: f64, secon
             sent += taken;
             left -= taken;
         }
-        let next = Duration::from_secs_f64((sent + given_up + 1) as f64 / per_second).max(elapsed + WAKE_EVERY);
+        let next = Duration::from_secs_f64((sent + given_up + 1) as f64 / per_second).max(elapsed + wake_every);
         std::thread::sleep(next.saturating_sub(start.elapsed()));
     }
     Ok(Done::UdpSent { sent, refused, nanos: u64::try_from(start.elapsed().as_nanos())? })

@@ -35,6 +35,8 @@ const MESH: &[&str] = &[
     "overlayIPv4Pool",
     "allowDownPeerBypass",
     "allowWidePrefixes",
+    "portMapping",
+    "speedtest",
     "staticPeers",
     "filters",
     "denyNodes",
@@ -77,6 +79,8 @@ struct Draft {
     overlay_v4_pool: Option<Setting<Ipv4Net>>,
     allow_down_peer_bypass: Option<Setting<bool>>,
     allow_wide_prefixes: Option<Setting<bool>>,
+    port_mapping: Option<Setting<bool>>,
+    speedtest: Option<Setting<bool>>,
     static_peers: Option<Setting<Vec<StaticPeer>>>,
     endpoint_filter: Option<Setting<Vec<FilterEntry>>>,
     deny_nodes: Option<Setting<Vec<NodeId>>>,
@@ -174,6 +178,8 @@ impl Draft {
         set(reader, |r| r.boolean(mesh, "advertiseNodeAddresses"), &mut self.advertise_node_addresses);
         set(reader, |r| r.text(mesh, "overlayIPv4Pool", parse_pool), &mut self.overlay_v4_pool);
         set(reader, |r| r.boolean(mesh, "allowWidePrefixes"), &mut self.allow_wide_prefixes);
+        set(reader, |r| r.boolean(mesh, "portMapping"), &mut self.port_mapping);
+        set(reader, |r| r.boolean(mesh, "speedtest"), &mut self.speedtest);
         set(reader, |r| r.list(mesh, "denyNodes", str::parse::<NodeId>), &mut self.deny_nodes);
         set(reader, |r| r.text(mesh, "proxy", str::parse::<ProxyUrl>), &mut self.proxy);
         if let Some(node) = mesh.get("staticPeers") {
@@ -258,6 +264,8 @@ impl Draft {
             overlay_v4_pool: self.overlay_v4_pool.map_or(defaults.overlay_v4_pool, value),
             allow_down_peer_bypass: self.allow_down_peer_bypass.map_or(defaults.allow_down_peer_bypass, value),
             allow_wide_prefixes: allow_wide,
+            port_mapping: self.port_mapping.map_or(defaults.port_mapping, value),
+            speedtest: self.speedtest.map_or(defaults.speedtest, value),
             static_peers: self.static_peers.map(value).unwrap_or_default(),
             filters: super::Filters { endpoints: EndpointFilter(self.endpoint_filter.map(value).unwrap_or_default()) },
             deny_nodes: self.deny_nodes.map(value).unwrap_or_default().into_iter().collect(),

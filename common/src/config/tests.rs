@@ -48,6 +48,8 @@ mesh:
   overlayIPv4Pool: 10.99.0.0/16
   allowDownPeerBypass: true
   allowWidePrefixes: true
+  portMapping: false
+  speedtest: false
   staticPeers:
     - name: phone
       publicKey: "Y2FuYXJ5LWNhbmFyeS1jYW5hcnktY2FuYXJ5LTAxMjM="
@@ -75,6 +77,8 @@ fn every_key_is_understood_and_shown_again_without_the_secret() {
     assert_eq!(config.mesh.extra_prefixes[1].to_string(), "203.0.113.9/32");
     assert_eq!(config.announced_prefixes().len(), 4);
     assert!(config.mesh.deny_nodes.contains(&NodeId([1; 32])));
+    assert!(!config.mesh.speedtest && Config::parse("").unwrap().mesh.speedtest);
+    assert!(!config.mesh.port_mapping && Config::parse("").unwrap().mesh.port_mapping);
     assert!(matches!(config.cluster.secret, SecretSource::Inline(_)));
     assert_eq!(config.agent.log_format, Some(LogFormat::Json));
 

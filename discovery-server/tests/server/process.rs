@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_agent::io::session::{CarrierKind, Dialer};
 use mesh_proto::wire::session::ServerMessage;
@@ -85,7 +85,13 @@ async fn sigterm_asks_the_clients_to_come_back_and_ends_in_order() {
             let (mut member, _) = Member::join(&dialer, &address_for(kind, &server).await, 1, 1).await;
             server.signal(Signal::SIGTERM);
             let asked = Instant::now();
-            member.until(|message| matches!(message, ServerMessage::Drain { .. }).then_some(())).await;
+            let spread = member
+                .until(|message| match message {
+                    ServerMessage::Drain { retry_after } => Some(retry_after),
+                    _ => None,
+                })
+                .await;
+            assert!(spread <= Duration::from_millis(500), "a lone client comes back soon, not after {spread:?}");
             if polite {
                 member.carrier.sender.close().await;
                 drop(member.carrier.receiver);

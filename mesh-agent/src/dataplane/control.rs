@@ -7,14 +7,15 @@ use std::time::Duration;
 use mesh_common::id::ServerId;
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
-use mesh_proto::device::Endpoint;
+use mesh_proto::offload::Coalescer;
 use mesh_proto::wg::{DropReason, MIN_BUFFER, OVERHEAD, Opened, Tunnel};
 use mesh_proto::wire::demux::{Datagram, WireGuardKind, classify};
 
 use super::drops::Drop;
+use super::ecn::Ecn;
 use super::inbound::{deliver, flush, open_all};
 use super::index;
-use super::io::{DatagramSocket, MAX_PACKET, Packed, PacketDevice};
+use super::io::{DatagramSocket, MAX_PACKET, Outgoing, Packed, PacketDevice};
 use super::peer::{Peer, Source};
 use super::queues::HandshakeMessage;
 use super::shared::Shared;
@@ -26,14 +27,19 @@ const OUT_BYTES: usize = 8 * (MAX_PACKET + 1);
 
 /// Sends what control itself sends. It never waits for the kernel: the event loop runs on this thread.
 pub(super) struct Outbox {
-    datagrams: Packed<Endpoint>,
+    datagrams: Outgoing,
     /// What was opened of relayed data.
     opened: Packed<()>,
+    coalescer: Coalescer,
 }
 
 impl Outbox {
     pub(super) fn new() -> Self {
-        Self { datagrams: Packed::new(OUT_BYTES), opened: Packed::new(MAX_PACKET + 1) }
+        Self {
+            datagrams: Outgoing::new(OUT_BYTES),
+            opened: Packed::new(MAX_PACKET + 1),
+            coalescer: Coalescer::default(),
+        }
     }
 
     /// Sends all, where it goes over a relay to `peer`.
@@ -63,7 +69,7 @@ impl Outbox {
         }
         let Some(spare) = self.datagrams.spare(MIN_BUFFER) else { return false };
         let Some(len) = peer.lock().tunnel.start_handshake(spare, now).map(<[u8]>::len) else { return false };
-        self.datagrams.push_each(len, targets);
+        self.datagrams.push_each(len, targets, Ecn::NotCapable);
         peer.used(now);
         self.send(shared, Some(&peer.key));
         true
@@ -84,10 +90,10 @@ impl Outbox {
         let path = peer.path();
         if matches!(classify(datagram), Datagram::WireGuard(WireGuardKind::Data)) {
             let targets = path.data_target().into_iter().chain(path.second_target());
-            self.datagrams.push_each(len, targets.clone());
+            self.datagrams.push_each(len, targets.clone(), Ecn::NotCapable);
             targets.for_each(|endpoint| inside.traffic.count_sent(endpoint, 1));
         } else {
-            self.datagrams.push_each(len, path.handshake_targets());
+            self.datagrams.push_each(len, path.handshake_targets(), Ecn::NotCapable);
             if peer.is_silent(now) && peer.note_demand(now) {
                 shared.control.report(peer);
             }
@@ -140,10 +146,10 @@ impl Outbox {
                 if snapshot.peer(slot).key != sender {
                     return shared.drops.count(Drop::RelayedForeign);
                 }
-                let datagrams = iter::once((datagram, source));
+                let datagrams = iter::once((datagram, source, Ecn::NotCapable));
                 self.opened.clear();
                 open_all(shared, (&**snapshot, slot), datagrams, &mut self.opened, &mut self.datagrams, now);
-                deliver(shared, &self.opened);
+                deliver(shared, &mut self.opened, &mut self.coalescer);
                 self.send(shared, Some(&sender));
             }
             Datagram::WireGuard(kind) => {

@@ -19,6 +19,7 @@ use mesh_proto::device::{Endpoint, Family, PeerCounters, PeerReport, PeerRoute, 
 use super::control::Outbox;
 use super::drops::{Drop, EngineStats};
 use super::io::{DatagramSocket, PacketDevice};
+use super::offloads::Offloads;
 use super::queues::ControlDatagram;
 use super::shared::Shared;
 use super::table::PeerTable;
@@ -132,6 +133,12 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
 
     pub fn stats(&self) -> EngineStats {
         self.shared.drops.stats()
+    }
+
+    /// What the kernel does in whole super-packets at the moment.
+    pub fn offloads(&self) -> Offloads {
+        let device = self.shared.device.load().as_ref().map(|device| device.offloads()).unwrap_or_default();
+        Offloads { device, socket: self.shared.socket.offloads() }
     }
 
     /// Datagrams to hand to relays, oldest first: each with its peer and the relay to reach it by.

@@ -16,13 +16,15 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::mmsg::BatchSocket;
+
 /// Sockets that one look tells of; the others are told of by the next.
 const MAX_READY: usize = 32;
 
 #[derive(Debug)]
 pub(crate) struct ExtraSockets {
     epoll: Epoll,
-    open: ArcSwap<BTreeMap<SocketId, Arc<Socket>>>,
+    open: ArcSwap<BTreeMap<SocketId, Arc<BatchSocket>>>,
     last: AtomicU16,
     mark: u32,
 }
@@ -39,7 +41,7 @@ impl ExtraSockets {
         self.epoll.0.as_fd()
     }
 
-    pub(crate) fn load(&self) -> Guard<Arc<BTreeMap<SocketId, Arc<Socket>>>> {
+    pub(crate) fn load(&self) -> Guard<Arc<BTreeMap<SocketId, Arc<BatchSocket>>>> {
         self.open.load()
     }
 
@@ -82,7 +84,7 @@ impl ExtraSockets {
     }
 
     /// Sockets with something to receive.
-    pub(crate) fn ready(&self) -> impl Iterator<Item = (SocketId, Arc<Socket>)> {
+    pub(crate) fn ready(&self) -> impl Iterator<Item = (SocketId, Arc<BatchSocket>)> {
         let mut events = [EpollEvent::empty(); MAX_READY];
         let open = self.open.load();
         let count =
@@ -93,7 +95,7 @@ impl ExtraSockets {
         })
     }
 
-    fn open_one(&self, family: Family, id: SocketId) -> io::Result<Socket> {
+    fn open_one(&self, family: Family, id: SocketId) -> io::Result<BatchSocket> {
         let address: SocketAddr = match family {
             Family::V4 => (Ipv4Addr::UNSPECIFIED, 0).into(),
             Family::V6 => (Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -106,6 +108,6 @@ impl ExtraSockets {
         let _refused = setsockopt(&socket, sockopt::Mark, &self.mark);
         socket.bind(&address.into())?;
         self.epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, u64::from(id.0)))?;
-        Ok(socket)
+        Ok(BatchSocket::new(socket, address.is_ipv4()))
     }
 }

@@ -2,17 +2,22 @@
 //!
 //! Only transport data is opened here. Handshake messages, probes and STUN go to control over bounded queues.
 
+use std::io::IoSlice;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
+use mesh_proto::offload::Coalescer;
+use mesh_proto::offload::coalesce::MAX_SEGMENTS;
 use mesh_proto::wg::{DropReason, MIN_BUFFER, OVERHEAD, Opened, Tunnel};
 use mesh_proto::wire::demux::{Datagram, WireGuardKind, classify};
 
 use super::drops::Drop;
+use super::ecn::{Ecn, mark_congestion};
 use super::index;
 use super::inner::Inner;
-use super::io::{DatagramSocket, MAX_BATCH, MAX_PACKET, Packed, PacketDevice, Received};
+use super::io::{DatagramSocket, MAX_BATCH, MAX_PACKET, Outgoing, Packed, PacketDevice, Ready, Received};
 use super::peer::{Inside, Peer, Source};
 use super::queues::MAX_CONTROL_DATAGRAM;
 use super::shared::{Shared, Snapshot};
@@ -21,6 +26,8 @@ use super::shared::{Shared, Snapshot};
 const ERROR_PAUSE: Duration = Duration::from_millis(50);
 /// Room for packets that were queued while there was no session.
 const FLUSH_BYTES: usize = 8 * (MAX_PACKET + 1);
+/// Datagrams that are opened before others get the tunnel: what one receive brings of one sender at most.
+const OPEN_AT_ONCE: usize = 64;
 
 /// Runs until the engine stops.
 pub(super) fn run<T, D, S>(shared: &Shared<T, D, S>)
@@ -32,8 +39,14 @@ where
     let mut batch = Batch::new();
     while !shared.is_stopping() {
         match shared.socket.receive(&mut batch.received) {
-            Ok(()) if batch.received.is_empty() => shared.inbound_waker.wait(&shared.socket.descriptors(), None),
-            Ok(()) => batch.carry(shared),
+            Ok(ready) => {
+                if !batch.received.is_empty() {
+                    batch.carry(shared);
+                }
+                if ready == Ready::Drained {
+                    shared.inbound_waker.wait(&shared.socket.descriptors(), None);
+                }
+            }
             Err(_) => {
                 shared.drops.count(Drop::InSocketError);
                 shared.inbound_waker.wait(&[], Some(ERROR_PAUSE));
@@ -45,9 +58,18 @@ where
 struct Batch {
     received: Received,
     opened: Packed<()>,
-    flushed: Packed<Endpoint>,
-    /// (slot of the peer, position in `received`), sorted: all datagrams of a peer in the order they came.
-    order: Vec<(u32, u32)>,
+    coalescer: Coalescer,
+    flushed: Outgoing,
+    /// Sorted: all datagrams of a peer in the order they came.
+    order: Vec<Place>,
+}
+
+/// A datagram of `received`, for the peer in slot `slot`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    slot: u32,
+    start: u32,
+    len: u32,
 }
 
 impl Batch {
@@ -55,7 +77,8 @@ impl Batch {
         Self {
             received: Received::default(),
             opened: Packed::new(MAX_BATCH * (MAX_PACKET + 1)),
-            flushed: Packed::new(FLUSH_BYTES),
+            coalescer: Coalescer::default(),
+            flushed: Outgoing::new(FLUSH_BYTES),
             order: Vec::with_capacity(MAX_BATCH),
         }
     }
@@ -71,13 +94,15 @@ impl Batch {
         self.sort(shared, &snapshot);
         self.opened.clear();
         self.flushed.clear();
-        for group in self.order.chunk_by(|a, b| a.0 == b.0) {
-            let datagrams = group.iter().map(|(_, at)| self.received.get(*at as usize));
-            let datagrams = datagrams.map(|(datagram, source)| (datagram, Source::Direct(source)));
-            let place = (&**snapshot, group[0].0);
-            open_all(shared, place, datagrams, &mut self.opened, &mut self.flushed, now);
+        for group in self.order.chunk_by(|a, b| a.slot == b.slot) {
+            for places in group.chunks(OPEN_AT_ONCE) {
+                let datagrams = places.iter().map(|place| self.received.get(place.start as usize, place.len as usize));
+                let datagrams = datagrams.map(|(datagram, arrival)| (datagram, Source::Direct(arrival), arrival.ecn));
+                let place = (&**snapshot, group[0].slot);
+                open_all(shared, place, datagrams, &mut self.opened, &mut self.flushed, now);
+            }
         }
-        deliver(shared, &self.opened);
+        deliver(shared, &mut self.opened, &mut self.coalescer);
         shared.send(&self.flushed);
     }
 
@@ -88,11 +113,18 @@ impl Batch {
         S: DatagramSocket,
     {
         self.order.clear();
-        for ((datagram, source), at) in self.received.iter().zip(0..) {
+        let mut unknown = 0;
+        let mut last: Option<(u32, u32)> = None;
+        for (datagram, source, start) in self.received.iter() {
             match classify(datagram) {
                 Datagram::WireGuard(WireGuardKind::Data) => {
-                    match index::read(datagram, 4).and_then(|index| snapshot.by_index.slot(index)) {
-                        Some(slot) => self.order.push((slot, at)),
+                    let Some(index) = index::read(datagram, 4) else { continue };
+                    let known = last.filter(|(last, _)| *last == index).map(|(_, slot)| slot);
+                    match known.or_else(|| snapshot.by_index.slot(index)) {
+                        Some(slot) => {
+                            last = Some((index, slot));
+                            self.order.push(Place { slot, start: start as u32, len: datagram.len() as u32 });
+                        }
                         None => shared.drops.count(Drop::InUnknownIndex),
                     }
                 }
@@ -107,33 +139,51 @@ impl Batch {
                         shared.drops.count(if is_probe { Drop::ProbeQueueFull } else { Drop::StunQueueFull });
                     }
                 }
-                Datagram::Probe | Datagram::Stun | Datagram::Unknown => shared.drops.count(Drop::InUnknown),
+                Datagram::Probe | Datagram::Stun | Datagram::Unknown => unknown += 1,
             }
         }
+        shared.drops.add(Drop::InUnknown, unknown);
         self.order.sort_unstable();
     }
 }
 
-/// Hands opened packets to the host.
-pub(super) fn deliver<T, D, S>(shared: &Shared<T, D, S>, opened: &Packed<()>)
+/// Hands opened packets to the host, joined as far as it takes them so.
+pub(super) fn deliver<T, D, S>(shared: &Shared<T, D, S>, opened: &mut Packed<()>, coalescer: &mut Coalescer)
 where
     T: Tunnel + 'static,
     D: PacketDevice,
     S: DatagramSocket,
 {
-    if !opened.is_empty() {
-        let taken = shared.device.load().as_ref().map_or(0, |device| device.write(opened));
-        shared.drops.add(Drop::InNotDelivered, opened.len().saturating_sub(taken));
+    if opened.is_empty() {
+        return;
     }
+    let device = shared.device.load();
+    let Some(device) = device.as_ref() else {
+        return shared.drops.add(Drop::InNotDelivered, opened.len());
+    };
+    let accepts = device.offloads().accepts();
+    coalescer.clear();
+    let (block, packets) = opened.parts();
+    packets.for_each(|packet| coalescer.add(block, packet, accepts));
+    coalescer.finish(block);
+    let mut lost = 0;
+    for (header, count, parts) in coalescer.iter(block) {
+        let mut slices = [IoSlice::new(&[]); MAX_SEGMENTS];
+        let used = slices.iter_mut().zip(parts).map(|(slice, part)| *slice = IoSlice::new(part)).count();
+        if !device.write(header, &slices[..used]) {
+            lost += count;
+        }
+    }
+    shared.drops.add(Drop::InNotDelivered, lost);
 }
 
 /// Opens data of one peer: packets to `opened`, what had waited for the session to `flushed`.
 pub(super) fn open_all<'d, T, D, S>(
     shared: &Shared<T, D, S>,
     (snapshot, slot): (&Snapshot<T>, u32),
-    datagrams: impl Iterator<Item = (&'d [u8], Source)>,
+    datagrams: impl Iterator<Item = (&'d [u8], Source, Ecn)>,
     opened: &mut Packed<()>,
-    flushed: &mut Packed<Endpoint>,
+    flushed: &mut Outgoing,
     now: Instant,
 ) where
     T: Tunnel + 'static,
@@ -142,24 +192,38 @@ pub(super) fn open_all<'d, T, D, S>(
 {
     let peer = snapshot.peer(slot);
     let (mut packets, mut bytes) = (0, 0);
-    let mut authentic = None;
+    // The last source that was good, and where authentic datagrams came from, how many.
+    let mut allowed: Option<IpAddr> = None;
+    let mut authentic: Option<(Endpoint, u64)> = None;
     let mut inside = peer.lock();
     let Inside { tunnel, traffic } = &mut *inside;
-    for (datagram, source) in datagrams {
+    for (datagram, source, ecn) in datagrams {
         let Some(spare) = opened.spare(datagram.len().max(MIN_BUFFER)) else {
             shared.drops.count(Drop::InNotDelivered);
             continue;
         };
         let result = tunnel.open(datagram, source.limited_as(), spare, now);
         if matches!(result, Opened::Packet(_) | Opened::Keepalive) {
-            traffic.count_received(source.endpoint());
-            authentic = Some(source.endpoint());
+            let from = source.endpoint();
+            match &mut authentic {
+                Some((endpoint, count)) if *endpoint == from => *count += 1,
+                other => {
+                    if let Some((endpoint, count)) = other.replace((from, 1)) {
+                        traffic.count_received(endpoint, count);
+                    }
+                }
+            }
         }
         match result {
             Opened::Packet(packet) => {
                 let len = packet.len();
+                let is_allowed = |source| allowed == Some(source) || snapshot.allowed_ips.lookup(source) == Some(&slot);
                 match Inner::parse(packet) {
-                    Some(inner) if snapshot.allowed_ips.lookup(inner.source) == Some(&slot) => {
+                    Some(inner) if is_allowed(inner.source) => {
+                        allowed = Some(inner.source);
+                        if ecn == Ecn::Met {
+                            opened.spare(len).into_iter().for_each(mark_congestion);
+                        }
                         opened.push(len, ());
                         packets += 1;
                         bytes += len as u64;
@@ -181,7 +245,8 @@ pub(super) fn open_all<'d, T, D, S>(
             Opened::Reply(_) | Opened::Established(_) => shared.drops.count(Drop::InInvalid),
         }
     }
-    let Some(source) = authentic else { return };
+    let Some((source, count)) = authentic else { return };
+    traffic.count_received(source, count);
     let established = peer.note_handshake(tunnel, source, now);
     flush(&mut inside, peer, source, flushed, now);
     drop(inside);
@@ -198,7 +263,7 @@ pub(super) fn flush<T: Tunnel>(
     inside: &mut Inside<T>,
     peer: &Peer<T>,
     target: Endpoint,
-    flushed: &mut Packed<Endpoint>,
+    flushed: &mut Outgoing,
     now: Instant,
 ) {
     let (mut packets, mut bytes) = (0, 0);

@@ -2,61 +2,84 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mesh_proto::device::{Endpoint, Family, SocketId};
+use mesh_proto::offload::VnetHeader;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::io::{DatagramSocket, MAX_BATCH, Packed, PacketDevice, Received};
-use super::tun::{read_packets, write_packets};
+use super::io::{Arrival, DatagramSocket, Outgoing, Packed, PacketDevice, Ready, Received};
+use super::offloads::{DeviceOffloads, SocketOffloads};
+use super::tun::{read_packets, write_packet};
 
 /// The agent's end of a link.
 #[derive(Debug)]
-pub(crate) struct MemoryTun(File);
+pub(crate) struct MemoryTun {
+    file: File,
+    offloads: DeviceOffloads,
+}
 
 /// The host's end. Dropping it deletes the link.
 #[derive(Debug)]
 pub(crate) struct HostLink(File);
 
+/// A link whose host leaves nothing to the agent and takes nothing joined.
 pub(crate) fn link() -> (MemoryTun, HostLink) {
+    link_with(DeviceOffloads::default())
+}
+
+pub(crate) fn link_with(offloads: DeviceOffloads) -> (MemoryTun, HostLink) {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let (agent, host) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("a socket pair");
-    (MemoryTun(agent.into()), HostLink(host.into()))
+    (MemoryTun { file: agent.into(), offloads }, HostLink(host.into()))
 }
 
 impl HostLink {
     /// The host sends a packet into the link.
     pub(crate) fn send(&self, packet: &[u8]) {
-        (&self.0).write_all(packet).expect("the link has room");
+        self.send_described(VnetHeader::default(), packet);
+    }
+
+    pub(crate) fn send_described(&self, header: VnetHeader, packet: &[u8]) {
+        (&self.0).write_all(&[&header.to_bytes(), packet].concat()).expect("the link has room");
     }
 
     /// The next packet that came out of the link, if any.
     pub(crate) fn receive(&self) -> Option<Vec<u8>> {
-        let mut packet = vec![0; 65_535];
-        let len = (&self.0).read(&mut packet).ok()?;
-        packet.truncate(len);
-        Some(packet)
+        self.receive_described().map(|(_, packet)| packet)
+    }
+
+    pub(crate) fn receive_described(&self) -> Option<(VnetHeader, Vec<u8>)> {
+        let mut bytes = vec![0; VnetHeader::LEN + 65_535];
+        let len = (&self.0).read(&mut bytes).ok()?;
+        bytes.truncate(len);
+        let header = VnetHeader::parse(bytes.first_chunk()?);
+        Some((header, bytes.split_off(VnetHeader::LEN)))
     }
 }
 
 impl AsFd for MemoryTun {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
 impl PacketDevice for MemoryTun {
-    fn read(&self, batch: &mut Packed<()>) -> io::Result<usize> {
-        read_packets(&self.0, batch)
+    fn read(&self, batch: &mut Packed<VnetHeader>) -> io::Result<Ready> {
+        read_packets(&self.file, batch)
     }
 
-    fn write(&self, batch: &Packed<()>) -> usize {
-        write_packets(&self.0, batch)
+    fn write(&self, header: VnetHeader, parts: &[IoSlice<'_>]) -> bool {
+        write_packet(&self.file, header, parts)
+    }
+
+    fn offloads(&self) -> DeviceOffloads {
+        self.offloads
     }
 }
 
@@ -66,7 +89,7 @@ pub(crate) struct MemoryNet(Arc<Mutex<BTreeMap<SocketAddr, Arc<Inbox>>>>);
 
 #[derive(Debug)]
 struct Inbox {
-    datagrams: Mutex<VecDeque<(SocketAddr, Vec<u8>)>>,
+    datagrams: Mutex<VecDeque<(Arrival, Vec<u8>)>>,
     arrived: EventFd,
 }
 
@@ -90,13 +113,13 @@ impl MemoryNet {
     pub(crate) fn inject(&self, source: SocketAddr, to: SocketAddr, datagram: &[u8]) {
         let inbox = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&to).cloned();
         if let Some(inbox) = inbox {
-            inbox.push(source, datagram);
+            inbox.push(source.into(), datagram);
         }
     }
 }
 
 impl Inbox {
-    fn push(&self, source: SocketAddr, datagram: &[u8]) {
+    fn push(&self, source: Arrival, datagram: &[u8]) {
         self.datagrams.lock().unwrap_or_else(PoisonError::into_inner).push_back((source, datagram.to_vec()));
         self.arrived.write(1).expect("the count is small");
     }
@@ -105,11 +128,20 @@ impl Inbox {
 impl MemorySocket {
     /// Puts a datagram into this socket's inbox, also when another socket has taken its address since.
     pub(crate) fn deliver(&self, source: SocketAddr, datagram: &[u8]) {
-        self.inbox.push(source, datagram);
+        self.deliver_marked(source.into(), datagram);
+    }
+
+    /// The same, with what the underlay says of congestion.
+    pub(crate) fn deliver_marked(&self, arrival: Arrival, datagram: &[u8]) {
+        self.inbox.push(arrival, datagram);
     }
 
     /// The next datagram that arrived, if any.
     pub(crate) fn next(&self) -> Option<(SocketAddr, Vec<u8>)> {
+        self.take().map(|(arrival, datagram)| (arrival.source, datagram))
+    }
+
+    fn take(&self) -> Option<(Arrival, Vec<u8>)> {
         self.inbox.datagrams.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 }
@@ -119,24 +151,20 @@ impl DatagramSocket for MemorySocket {
         [Some(self.inbox.arrived.as_fd()), None, None]
     }
 
-    fn receive(&self, batch: &mut Received) -> io::Result<()> {
+    fn receive(&self, batch: &mut Received) -> io::Result<Ready> {
         batch.clear();
         // Before the datagrams are taken, so that what comes meanwhile wakes again.
         let _none_arrived = self.inbox.arrived.read();
-        while batch.len() < MAX_BATCH
-            && let Some((source, datagram)) = self.next()
-        {
+        while batch.free_slots().next().is_some() {
+            let Some((arrival, datagram)) = self.take() else { return Ok(Ready::Drained) };
             let slot = batch.free_slots().next().expect("the batch is not full");
             slot[..datagram.len()].copy_from_slice(&datagram);
-            batch.push(datagram.len(), source.into());
+            batch.push(datagram.len(), datagram.len(), arrival);
         }
-        if batch.len() == MAX_BATCH {
-            self.inbox.arrived.write(1)?;
-        }
-        Ok(())
+        Ok(Ready::More)
     }
 
-    fn send(&self, batch: &Packed<Endpoint>, _patience: Duration) -> usize {
+    fn send(&self, batch: &Outgoing, _patience: Duration) -> usize {
         let direct = batch.iter().filter_map(|(datagram, to)| Some((datagram, to.direct()?)));
         direct.for_each(|(datagram, to)| self.net.inject(self.address, to, datagram));
         0
@@ -155,4 +183,8 @@ impl DatagramSocket for MemorySocket {
     }
 
     fn close_extra(&self, _closed: &[SocketId]) {}
+
+    fn offloads(&self) -> SocketOffloads {
+        SocketOffloads::default()
+    }
 }

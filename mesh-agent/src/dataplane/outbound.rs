@@ -1,24 +1,29 @@
-//! TUN to UDP: look up whose packet it is, seal it, send it.
+//! TUN to UDP: look up whose packet it is, cut it if it is a super-packet, seal each piece, send them.
 //!
 //! Packets are read until the device has no more or the batch is full, so batches form under load and a lone packet never
 //! waits. They leave in the order they came, per peer.
 
-use std::iter;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
+use mesh_proto::offload::{Cut, VnetHeader, cut};
 use mesh_proto::wg::{MIN_BUFFER, OVERHEAD, Sealed, Tunnel};
 
 use super::drops::Drop;
+use super::ecn::Ecn;
 use super::inner::Inner;
-use super::io::{DatagramSocket, MAX_BATCH, MAX_PACKET, Packed, PacketDevice};
-use super::peer::Peer;
+use super::io::{DatagramSocket, MAX_BATCH, Outgoing, Packed, PacketDevice, Ready};
+use super::peer::{Inside, Path, Peer};
 use super::shared::{Shared, Snapshot};
+use super::tun::MAX_READ;
 
-/// Bytes read at once: 64 packets of the usual size, or a few of the largest.
-const READ_BYTES: usize = 4 * (MAX_PACKET + 1);
+/// A batch that holds this much takes no more.
+const READ_BYTES: usize = 64 << 10;
+/// What a batch grows to when it is sealed: far more than packets of any usual size do.
+const SEALED_BYTES: usize = 1 << 20;
 
 /// Runs until the engine stops.
 pub(super) fn run<T, D, S>(shared: &Shared<T, D, S>)
@@ -35,8 +40,14 @@ where
         };
         batch.packets.clear();
         match device.read(&mut batch.packets) {
-            Ok(0) => shared.outbound_waker.wait(&[Some(device.as_fd())], None),
-            Ok(_) => batch.carry(shared),
+            Ok(ready) => {
+                if !batch.packets.is_empty() {
+                    batch.carry(shared);
+                }
+                if ready == Ready::Drained {
+                    shared.outbound_waker.wait(&[Some(device.as_fd())], None);
+                }
+            }
             Err(error) => {
                 tracing::info!(%error, "the mesh link is gone; packets wait until it is made again");
                 shared.lose_link(&device);
@@ -46,8 +57,8 @@ where
 }
 
 struct Batch {
-    packets: Packed<()>,
-    sealed: Packed<Endpoint>,
+    packets: Packed<VnetHeader>,
+    sealed: Outgoing,
     /// (slot of the peer, position in `packets`), sorted: all packets of a peer in the order they came.
     order: Vec<(u32, u32)>,
 }
@@ -55,8 +66,8 @@ struct Batch {
 impl Batch {
     fn new() -> Self {
         Self {
-            packets: Packed::new(READ_BYTES),
-            sealed: Packed::new(READ_BYTES + MAX_BATCH * MIN_BUFFER),
+            packets: Packed::new(READ_BYTES + MAX_READ),
+            sealed: Outgoing::new(SEALED_BYTES),
             order: Vec::with_capacity(MAX_BATCH),
         }
     }
@@ -73,8 +84,7 @@ impl Batch {
         self.sealed.clear();
         for group in self.order.chunk_by(|a, b| a.0 == b.0) {
             let peer = snapshot.peer(group[0].0);
-            let packets = group.iter().filter_map(|(_, at)| self.packets.get(*at as usize));
-            seal_all(shared, peer, packets, &mut self.sealed, now);
+            seal_all(shared, peer, &mut self.packets, group, &mut self.sealed, now);
         }
         shared.send(&self.sealed);
     }
@@ -86,13 +96,18 @@ impl Batch {
         S: DatagramSocket,
     {
         self.order.clear();
-        for ((packet, ()), at) in self.packets.iter().zip(0..) {
+        let mut last: Option<(IpAddr, u32)> = None;
+        for ((packet, _), at) in self.packets.iter().zip(0..) {
             let Some(inner) = Inner::parse(packet) else {
                 shared.drops.count(Drop::OutMalformed);
                 continue;
             };
-            match snapshot.allowed_ips.lookup(inner.destination) {
-                Some(slot) => self.order.push((*slot, at)),
+            let known = last.filter(|(destination, _)| *destination == inner.destination).map(|(_, slot)| slot);
+            match known.or_else(|| snapshot.allowed_ips.lookup(inner.destination).copied()) {
+                Some(slot) => {
+                    last = Some((inner.destination, slot));
+                    self.order.push((slot, at));
+                }
                 None => shared.drops.count(Drop::OutNoPeer),
             }
         }
@@ -100,11 +115,20 @@ impl Batch {
     }
 }
 
-fn seal_all<'p, T, D, S>(
+/// What became of a peer's packets.
+#[derive(Default)]
+struct Tally {
+    sent: u64,
+    bytes: u64,
+    demand: bool,
+}
+
+fn seal_all<T, D, S>(
     shared: &Shared<T, D, S>,
     peer: &Arc<Peer<T>>,
-    packets: impl Iterator<Item = &'p [u8]>,
-    sealed: &mut Packed<Endpoint>,
+    packets: &mut Packed<VnetHeader>,
+    group: &[(u32, u32)],
+    sealed: &mut Outgoing,
     now: Instant,
 ) where
     T: Tunnel + 'static,
@@ -112,43 +136,82 @@ fn seal_all<'p, T, D, S>(
     S: DatagramSocket,
 {
     let path = peer.path();
-    let (target, second) = (path.data_target(), path.second_target());
-    let first = sealed.len();
-    let (mut sent, mut bytes, mut demand) = (0, 0, false);
+    let mut sealer = Sealer { path: &path, target: path.data_target(), second: path.second_target(), now };
+    let mark = sealed.mark();
+    let mut tally = Tally::default();
+    for (_, at) in group {
+        let Some((packet, header)) = packets.get_mut(*at as usize) else { continue };
+        let ecn = Ecn::of_packet(packet);
+        // Other threads get the tunnel between two super-packets.
+        let mut inside = peer.lock();
+        match cut::cut(header, packet) {
+            Ok(Cut::Whole) => sealer.seal(shared, &mut inside, packet, ecn, sealed, &mut tally),
+            Ok(Cut::Segments(mut segments)) => {
+                while let Some(range) = segments.next(packet) {
+                    sealer.seal(shared, &mut inside, &packet[range], ecn, sealed, &mut tally);
+                }
+            }
+            Err(cut::Malformed) => shared.drops.count(Drop::OutMalformed),
+        }
+    }
+    let targets = sealer.target.into_iter().chain(sealer.second);
     let mut inside = peer.lock();
-    for packet in packets {
+    targets.for_each(|endpoint| inside.traffic.count_sent(endpoint, tally.sent));
+    drop(inside);
+    peer.used(now);
+    peer.count_sent(tally.sent, tally.bytes, now);
+    if path.has_relay() {
+        shared.relay(&peer.key, sealed, mark);
+    }
+    if tally.demand && peer.note_demand(now) {
+        shared.control.report(peer);
+    }
+}
+
+/// Seals packets of one peer.
+struct Sealer<'a> {
+    path: &'a Path,
+    target: Option<Endpoint>,
+    second: Option<Endpoint>,
+    now: Instant,
+}
+
+impl Sealer<'_> {
+    #[inline]
+    fn seal<T, D, S>(
+        &mut self,
+        shared: &Shared<T, D, S>,
+        inside: &mut Inside<T>,
+        packet: &[u8],
+        ecn: Ecn,
+        sealed: &mut Outgoing,
+        tally: &mut Tally,
+    ) where
+        T: Tunnel + 'static,
+        D: PacketDevice,
+        S: DatagramSocket,
+    {
         let Some(spare) = sealed.spare((packet.len() + OVERHEAD).max(MIN_BUFFER)) else {
-            shared.drops.count(Drop::OutNotSealed);
-            continue;
+            return shared.drops.count(Drop::OutNotSealed);
         };
-        match (inside.tunnel.seal(packet, spare, now), target) {
+        match (inside.tunnel.seal(packet, spare, self.now), self.target) {
             (Sealed::Data(datagram), Some(target)) => {
                 let len = datagram.len();
-                sealed.push_each(len, iter::once(target).chain(second));
-                sent += 1;
-                bytes += packet.len() as u64;
+                sealed.push_each(len, [target].into_iter().chain(self.second), ecn);
+                tally.sent += 1;
+                tally.bytes += packet.len() as u64;
             }
             (Sealed::Data(_), None) => {
                 shared.drops.count(Drop::OutNoEndpoint);
-                demand = true;
+                tally.demand = true;
             }
             (Sealed::Handshake(initiation), _) => {
                 let len = initiation.len();
-                sealed.push_each(len, path.handshake_targets());
-                demand = true;
+                sealed.push_each(len, self.path.handshake_targets(), Ecn::NotCapable);
+                tally.demand = true;
             }
-            (Sealed::Queued, _) => demand = true,
+            (Sealed::Queued, _) => tally.demand = true,
             (Sealed::Dropped(_), _) => shared.drops.count(Drop::OutNotSealed),
         }
-    }
-    target.into_iter().chain(second).for_each(|endpoint| inside.traffic.count_sent(endpoint, sent));
-    drop(inside);
-    peer.used(now);
-    peer.count_sent(sent, bytes, now);
-    if path.has_relay() {
-        shared.relay(&peer.key, sealed, first);
-    }
-    if demand && peer.note_demand(now) {
-        shared.control.report(peer);
     }
 }

@@ -19,7 +19,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::drops::{Drop, Drops};
 use super::engine::Clock;
 use super::index::IndexTable;
-use super::io::{DatagramSocket, Packed, PacketDevice};
+use super::io::{DatagramSocket, Outgoing, PacketDevice};
 use super::peer::Peer;
 use super::queues::Queues;
 
@@ -82,19 +82,19 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
     }
 
     /// Sends from a data thread, which may wait for the kernel. What goes over relays is for [`Self::relay`].
-    pub(super) fn send(&self, batch: &Packed<Endpoint>) {
+    pub(super) fn send(&self, batch: &Outgoing) {
         self.send_within(batch, SEND_PATIENCE);
     }
 
-    pub(super) fn send_within(&self, batch: &Packed<Endpoint>, patience: Duration) {
+    pub(super) fn send_within(&self, batch: &Outgoing, patience: Duration) {
         if !batch.is_empty() {
             self.drops.add(Drop::OutNotSent, self.socket.send(batch, patience));
         }
     }
 
-    /// Hands control those of a batch's datagrams from `first` on that go to `peer` over a relay.
-    pub(super) fn relay(&self, peer: &WgPublicKey, batch: &Packed<Endpoint>, first: usize) {
-        let relayed = batch.iter().skip(first).filter_map(|(datagram, to)| match to {
+    /// Hands control those of a batch's datagrams since `mark` that go to `peer` over a relay.
+    pub(super) fn relay(&self, peer: &WgPublicKey, batch: &Outgoing, mark: usize) {
+        let relayed = batch.since(mark).filter_map(|(datagram, to)| match to {
             Endpoint::Relay(server) => Some((server, datagram)),
             Endpoint::Direct(_) | Endpoint::Extra(..) => None,
         });

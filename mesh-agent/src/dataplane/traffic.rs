@@ -17,8 +17,8 @@ impl Traffic {
         self.add(PathTraffic { endpoint, sent: datagrams, received: 0 });
     }
 
-    pub(super) fn count_received(&mut self, endpoint: Endpoint) {
-        self.add(PathTraffic { endpoint, sent: 0, received: 1 });
+    pub(super) fn count_received(&mut self, endpoint: Endpoint, datagrams: u64) {
+        self.add(PathTraffic { endpoint, sent: 0, received: datagrams });
     }
 
     pub(super) fn merge(&mut self, newer: Self) {

@@ -1,5 +1,8 @@
 //! The TUN device: the link that carries inner packets between the kernel and us.
 //!
+//! Before each packet stands a [`VnetHeader`], so that the kernel can hand over super-packets and take them: it is asked for
+//! checksums, TCP and UDP, then for less, and what it grants is [`Tun::offloads`].
+//!
 //! Makes the link and nothing else: addresses, MTU and `up` are netlink's business. Never persistent: the link dies with
 //! its descriptor, so an agent that crashes leaves none. Never takes a link that is there already.
 
@@ -7,16 +10,25 @@
 
 use std::ffi::c_short;
 use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use mesh_proto::offload::VnetHeader;
+use mesh_proto::offload::coalesce::MAX_SEGMENTS;
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 
-use super::io::{MAX_BATCH, MAX_PACKET, Packed, PacketDevice};
+use super::io::{MAX_BATCH, MAX_PACKET, Packed, PacketDevice, Ready};
+use super::offloads::DeviceOffloads;
 
 const DEVICE: &str = "/dev/net/tun";
+/// What a read may give.
+pub(super) const MAX_READ: usize = VnetHeader::LEN + MAX_PACKET;
+
+const CHECKSUMS: libc::c_uint = libc::TUN_F_CSUM;
+const TCP: libc::c_uint = libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+const UDP: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
 /// A link that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +63,7 @@ pub struct Tun {
     file: File,
     name: String,
     index: u32,
+    offloads: DeviceOffloads,
 }
 
 impl Tun {
@@ -76,7 +89,8 @@ impl Tun {
         })?;
         let index =
             if_nametoindex(name).map_err(|errno| TunError::Failed { name: name.to_owned(), source: errno.into() })?;
-        Ok(Self { file, name: name.to_owned(), index })
+        let offloads = ask_offloads(&file);
+        Ok(Self { file, name: name.to_owned(), index, offloads })
     }
 
     pub fn name(&self) -> &str {
@@ -96,39 +110,57 @@ impl AsFd for Tun {
 }
 
 impl PacketDevice for Tun {
-    fn read(&self, batch: &mut Packed<()>) -> io::Result<usize> {
+    fn read(&self, batch: &mut Packed<VnetHeader>) -> io::Result<Ready> {
         read_packets(&self.file, batch)
     }
 
-    fn write(&self, batch: &Packed<()>) -> usize {
-        write_packets(&self.file, batch)
+    fn write(&self, header: VnetHeader, parts: &[IoSlice<'_>]) -> bool {
+        write_packet(&self.file, header, parts)
+    }
+
+    fn offloads(&self) -> DeviceOffloads {
+        self.offloads
     }
 }
 
 /// Reads one packet a call until there is none or the batch is full.
-pub(super) fn read_packets(mut file: &File, batch: &mut Packed<()>) -> io::Result<usize> {
-    let mut count = 0;
+pub(super) fn read_packets(mut file: &File, batch: &mut Packed<VnetHeader>) -> io::Result<Ready> {
     while batch.len() < MAX_BATCH
-        && let Some(spare) = batch.spare(MAX_PACKET)
+        && let Some(spare) = batch.spare(MAX_READ)
     {
-        match file.read(spare) {
+        let read = file.read(spare).map(|len| (len, spare.first_chunk().map(VnetHeader::parse).unwrap_or_default()));
+        match read {
             // A TUN device has no end of file; its double in tests has, when the link is deleted.
-            Ok(0) if count == 0 => return Err(Errno::EBADFD.into()),
-            Ok(0) => break,
-            Ok(len) => {
-                batch.push(len, ());
-                count += 1;
-            }
+            Ok((0, _)) if batch.is_empty() => return Err(Errno::EBADFD.into()),
+            Ok((0, _)) => return Ok(Ready::Drained),
+            Ok((len, header)) => batch.push_from(VnetHeader::LEN, len, header),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock || count > 0 => break,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Ready::Drained),
+            // Told by the next read again.
+            Err(_) if !batch.is_empty() => return Ok(Ready::More),
             Err(error) => return Err(error),
         }
     }
-    Ok(count)
+    Ok(Ready::More)
 }
 
-pub(super) fn write_packets(mut file: &File, batch: &Packed<()>) -> usize {
-    batch.iter().filter(|(packet, ())| file.write(packet).is_ok()).count()
+pub(super) fn write_packet(mut file: &File, header: VnetHeader, parts: &[IoSlice<'_>]) -> bool {
+    let header = header.to_bytes();
+    let mut blocks = [IoSlice::new(&header); MAX_SEGMENTS + 2];
+    let Some(slots) = blocks.get_mut(1..=parts.len()) else { return false };
+    slots.copy_from_slice(parts);
+    file.write_vectored(&blocks[..=parts.len()]).is_ok()
+}
+
+/// Asks for as much as the kernel has: all, then without UDP (before Linux 6.2), then nothing.
+fn ask_offloads(file: &File) -> DeviceOffloads {
+    let ask = |flags: libc::c_uint| {
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(flags)) };
+        Errno::result(result).is_ok()
+    };
+    let tcp_and_udp = ask(CHECKSUMS | TCP | UDP);
+    DeviceOffloads { tcp: tcp_and_udp || ask(CHECKSUMS | TCP), udp: tcp_and_udp }
 }
 
 /// Makes the link that `file` will be.
@@ -138,7 +170,8 @@ fn attach(file: &File, name: &str) -> Result<(), Errno> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_TUN_EXCL) as c_short;
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_TUN_EXCL | libc::IFF_VNET_HDR) as c_short;
     // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is, and keeps no reference to it.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
     Errno::result(result).map(drop)
@@ -183,7 +216,7 @@ mod tests {
         });
         let mut polled = [PollFd::new(tun.as_fd(), PollFlags::POLLIN)];
         assert_eq!(poll(&mut polled, PollTimeout::from(5000u16)).unwrap(), 1, "whoever waits is woken");
-        assert!(tun.read(&mut Packed::new(MAX_PACKET)).is_err(), "and told");
+        assert!(tun.read(&mut Packed::new(MAX_READ)).is_err(), "and told");
     }
 
     #[test]
@@ -194,7 +227,9 @@ mod tests {
         let second = Tun::create(&name).unwrap_err();
         assert!(matches!(second, TunError::Busy { .. }), "{second}");
         assert!(second.to_string().contains("mesh.interfaceName"), "{second}");
-        assert_eq!(tun.read(&mut Packed::new(MAX_PACKET)).unwrap(), 0, "a new link has no packets");
+        let mut batch = Packed::new(MAX_READ);
+        assert_eq!(tun.read(&mut batch).unwrap(), Ready::Drained);
+        assert!(batch.is_empty(), "a new link has no packets");
         drop(tun);
         assert!(if_nametoindex(&*name).is_err(), "the link is gone");
     }

@@ -1,27 +1,22 @@
 //! The UDP socket pair: IPv4 and IPv6 on one port, marked so that they take the underlay and never the mesh.
 //!
-//! Datagrams are received and sent in batches, one system call for many. A host without one of the families runs with the
-//! other.
-
-#![allow(unsafe_code)]
+//! A host without one of the families runs with the other.
 
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, IoSlice};
-use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mesh_proto::device::{Endpoint, Family, SocketId};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
-use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::extra::ExtraSockets;
-use super::io::{Arrival, DatagramSocket, MAX_BATCH, Packed, Received};
+use super::io::{DatagramSocket, MAX_BATCH, Outgoing, Ready, Received};
+use super::mmsg::BatchSocket;
+use super::offloads::SocketOffloads;
 
 /// Asked of the kernel for each direction: some milliseconds at 10 Gbit/s.
 const BUFFER_BYTES: usize = 7 << 20;
@@ -50,8 +45,8 @@ pub enum BindError {
 /// One IPv4 and one IPv6 socket on the same port.
 #[derive(Debug)]
 pub struct UdpSockets {
-    v4: Option<Socket>,
-    v6: Option<Socket>,
+    v4: Option<BatchSocket>,
+    v6: Option<BatchSocket>,
     port: u16,
     extra: ExtraSockets,
     /// Which family is received from first; changes each time, so that a flood on one does not silence the other.
@@ -97,12 +92,13 @@ impl UdpSockets {
             return Err(BindError::NoFamily { port });
         }
         let extra = ExtraSockets::new(mark).map_err(|source| BindError::Failed { port, source })?;
+        let (v4, v6) = (v4.map(|v4| BatchSocket::new(v4, true)), v6.map(|v6| BatchSocket::new(v6, false)));
         Ok(Self { v4, v6, port, extra, v6_first: AtomicBool::new(false) })
     }
 
     fn mark(&self, mark: u32) {
         for socket in [&self.v4, &self.v6].into_iter().flatten() {
-            if let Err(error) = setsockopt(socket, sockopt::Mark, &mark) {
+            if let Err(error) = setsockopt(socket.socket(), sockopt::Mark, &mark) {
                 tracing::warn!(
                     %error,
                     "UDP sockets carry no firewall mark: give the agent CAP_NET_ADMIN, or a mesh prefix that covers a peer's endpoint cuts that peer off"
@@ -119,48 +115,57 @@ impl DatagramSocket for UdpSockets {
         [v4, v6, Some(self.extra.descriptor())]
     }
 
-    fn receive(&self, batch: &mut Received) -> io::Result<()> {
+    fn receive(&self, batch: &mut Received) -> io::Result<Ready> {
         batch.clear();
         let mut order = [&self.v4, &self.v6];
         if self.v6_first.fetch_xor(true, Ordering::Relaxed) {
             order.reverse();
         }
+        let mut ready = Ready::Drained;
         for (id, socket) in self.extra.ready() {
             // One of many: what is wrong with it shows as silence.
-            let _failed = receive_some(&socket, Some(id), MAX_BATCH / 2, batch);
+            let _failed = socket.receive(Some(id), MAX_BATCH / 2, batch);
+            ready = Ready::More;
         }
         for socket in order.into_iter().flatten() {
-            match receive_some(socket, None, MAX_BATCH, batch) {
-                Ok(()) => {}
-                Err(Errno::EAGAIN | Errno::EINTR) => {}
-                Err(_) if !batch.is_empty() => {}
+            match socket.receive(None, MAX_BATCH, batch) {
+                Ok(Ready::Drained) => {}
+                Ok(Ready::More) => ready = Ready::More,
+                // Told by the next receive again.
+                Err(_) if !batch.is_empty() => ready = Ready::More,
                 Err(errno) => return Err(errno.into()),
             }
         }
-        Ok(())
+        Ok(ready)
     }
 
-    fn send(&self, batch: &Packed<Endpoint>, patience: Duration) -> usize {
+    fn send(&self, batch: &Outgoing, patience: Duration) -> usize {
         let mut lost = 0;
         let families = [(&self.v4, true), (&self.v6, false)];
         for (socket, is_v4) in families {
-            let direct = batch.iter().filter_map(|(bytes, to)| match to {
-                Endpoint::Direct(to) if to.is_ipv4() == is_v4 => Some((bytes, to)),
+            let own = batch.runs().filter_map(|run| match run.to {
+                Endpoint::Direct(to) if to.is_ipv4() == is_v4 => Some((run, to)),
                 _ => None,
             });
-            lost += send_all(socket.as_ref(), direct, patience);
+            lost += match socket {
+                Some(socket) => socket.send(own, patience),
+                None => own.map(|(run, _)| run.count).sum(),
+            };
         }
-        let used: BTreeSet<SocketId> = batch.iter().filter_map(|(_, to)| to.socket()).collect();
+        let used: BTreeSet<SocketId> = batch.runs().filter_map(|run| run.to.socket()).collect();
         for id in used {
-            let own = batch.iter().filter(|(_, to)| to.socket() == Some(id));
-            let own = own.filter_map(|(bytes, to)| Some((bytes, to.direct()?)));
-            lost += send_all(self.extra.load().get(&id).map(|socket| &**socket), own, patience);
+            let own = batch.runs().filter(|run| run.to.socket() == Some(id));
+            let own = own.filter_map(|run| Some((run, run.to.direct()?)));
+            lost += match self.extra.load().get(&id) {
+                Some(socket) => socket.send(own, patience),
+                None => own.map(|(run, _)| run.count).sum(),
+            };
         }
         lost
     }
 
     fn send_one(&self, to: Endpoint, datagram: &[u8], ttl: Option<u8>) -> bool {
-        let leaves = |socket: &Socket, to| send_now(socket, to, datagram, ttl).is_ok();
+        let leaves = |socket: &BatchSocket, to| send_now(socket.socket(), to, datagram, ttl).is_ok();
         match to {
             Endpoint::Direct(to) => {
                 let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
@@ -178,18 +183,11 @@ impl DatagramSocket for UdpSockets {
     fn close_extra(&self, closed: &[SocketId]) {
         self.extra.close(closed);
     }
-}
 
-/// Sends all of one socket and says how many did not leave; without a socket none does.
-fn send_all<'a>(
-    socket: Option<&Socket>,
-    mut datagrams: impl Iterator<Item = (&'a [u8], SocketAddr)>,
-    patience: Duration,
-) -> usize {
-    let Some(socket) = socket else { return datagrams.count() };
-    let mut lost = 0;
-    while send_some(socket, &mut datagrams, patience, &mut lost) == MAX_BATCH {}
-    lost
+    fn offloads(&self) -> SocketOffloads {
+        let pair = || [&self.v4, &self.v6].into_iter().flatten();
+        SocketOffloads { segmentation: pair().any(BatchSocket::cuts), receive: pair().any(BatchSocket::joins) }
+    }
 }
 
 /// Sends one datagram at once or not at all.
@@ -238,110 +236,17 @@ fn local_port(socket: &Socket, asked: u16) -> Result<u16, BindError> {
     Ok(address.as_socket().map_or(asked, |address| address.port()))
 }
 
-/// Receives what is there into the free slots, `most` of them at most, by one system call.
-fn receive_some(socket: &Socket, id: Option<SocketId>, most: usize, batch: &mut Received) -> Result<(), Errno> {
-    // SAFETY: mmsghdr and iovec are integers and pointers; all zero means "no name, no data, no control".
-    let mut headers: [libc::mmsghdr; MAX_BATCH] = unsafe { mem::zeroed() };
-    // SAFETY: as above.
-    let mut blocks: [libc::iovec; MAX_BATCH] = unsafe { mem::zeroed() };
-    let mut names: [SockAddrStorage; MAX_BATCH] = std::array::from_fn(|_| SockAddrStorage::zeroed());
-    let mut count = 0;
-    for (slot, ((header, block), name)) in
-        batch.free_slots().take(most).zip(headers.iter_mut().zip(&mut blocks).zip(&mut names))
-    {
-        *block = libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: slot.len() };
-        header.msg_hdr.msg_iov = block;
-        header.msg_hdr.msg_iovlen = 1;
-        header.msg_hdr.msg_name = ptr::from_mut(name).cast();
-        header.msg_hdr.msg_namelen = name.size_of();
-        count += 1;
-    }
-    if count == 0 {
-        return Ok(());
-    }
-    let flags = libc::MSG_DONTWAIT;
-    // SAFETY: the first `count` headers point to distinct slots, blocks and names that outlive the call, with their lengths.
-    let got = unsafe { libc::recvmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count, flags as _, ptr::null_mut()) };
-    let got = usize::try_from(Errno::result(got)?).unwrap_or(0);
-    for (header, name) in headers.iter().zip(names).take(got) {
-        // SAFETY: the kernel wrote an address of `msg_namelen` bytes into this storage.
-        let source = unsafe { SockAddr::new(name, header.msg_hdr.msg_namelen) };
-        // A socket of an internet family has internet peers; anything else would be the kernel's bug and is an empty slot.
-        let source = source.as_socket().unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
-        batch.push(header.msg_len as usize, Arrival { socket: id, source });
-    }
-    Ok(())
-}
-
-/// Sends the next datagrams of one family, at most a batch; gives how many it took from the iterator and adds to `lost`
-/// those that the kernel did not take.
-fn send_some<'a>(
-    socket: &Socket,
-    datagrams: &mut impl Iterator<Item = (&'a [u8], SocketAddr)>,
-    patience: Duration,
-    lost: &mut usize,
-) -> usize {
-    // SAFETY: mmsghdr and iovec are integers and pointers; all zero means "no name, no data, no control".
-    let mut headers: [libc::mmsghdr; MAX_BATCH] = unsafe { mem::zeroed() };
-    // SAFETY: as above.
-    let mut blocks: [libc::iovec; MAX_BATCH] = unsafe { mem::zeroed() };
-    let mut names = [const { None }; MAX_BATCH];
-    let mut count = 0;
-    for (((header, block), name), (bytes, to)) in
-        headers.iter_mut().zip(&mut blocks).zip(&mut names).zip(datagrams.by_ref())
-    {
-        let name: &mut SockAddr = name.insert(to.into());
-        *block = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-        header.msg_hdr.msg_iov = block;
-        header.msg_hdr.msg_iovlen = 1;
-        header.msg_hdr.msg_name = name.as_ptr().cast_mut().cast();
-        header.msg_hdr.msg_namelen = name.len();
-        count += 1;
-    }
-    let mut next = 0;
-    while next < count {
-        let waiting = &mut headers[next..count];
-        let flags = libc::MSG_DONTWAIT;
-        // SAFETY: every header of `waiting` points to bytes, a block and a name that outlive the call; sendmmsg only reads
-        // what they point to and writes `msg_len`.
-        let taken = unsafe { libc::sendmmsg(socket.as_raw_fd(), waiting.as_mut_ptr(), waiting.len() as _, flags as _) };
-        match Errno::result(taken) {
-            Ok(taken) => {
-                let taken = usize::try_from(taken).unwrap_or(0).max(1);
-                next += taken;
-            }
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => {
-                if !has_room(socket, patience) {
-                    *lost += count - next;
-                    return count;
-                }
-            }
-            // It concerns the first only: no route, too long, refused by a filter.
-            Err(_) => {
-                *lost += 1;
-                next += 1;
-            }
-        }
-    }
-    count
-}
-
-fn has_room(socket: &Socket, patience: Duration) -> bool {
-    let limit = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
-    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
-    !patience.is_zero() && matches!(poll(&mut polled, limit), Ok(1..))
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::io::IoSliceMut;
     use std::time::Instant;
 
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::socket::{ControlMessageOwned, recvmsg};
 
     use super::*;
+    use crate::dataplane::ecn::Ecn;
 
     fn receive(sockets: &UdpSockets, expected: usize) -> Vec<(Vec<u8>, SocketAddr)> {
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -349,7 +254,7 @@ mod tests {
         while all.len() < expected {
             assert!(Instant::now() < deadline, "{} of {expected} datagrams came", all.len());
             sockets.receive(&mut batch).unwrap();
-            all.extend(batch.iter().map(|(bytes, arrival)| (bytes.to_vec(), arrival.source)));
+            all.extend(batch.iter().map(|(bytes, arrival, _)| (bytes.to_vec(), arrival.source)));
             let fds: Vec<_> = sockets.descriptors().into_iter().flatten().collect();
             let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
             poll(&mut polled, PollTimeout::from(if all.len() < expected { 100u8 } else { 0 })).unwrap();
@@ -362,7 +267,7 @@ mod tests {
         let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
         let v6 = if b.v6.is_some() { "[::1]" } else { "127.0.0.1" };
         let targets: [SocketAddr; 2] = ["127.0.0.1", v6].map(|host| format!("{host}:{}", b.port()).parse().unwrap());
-        let mut batch = Packed::new(1 << 20);
+        let mut batch = Outgoing::new(1 << 20);
         let count = MAX_BATCH + 20;
         for n in 0..count {
             let len = 1 + n * 17;
@@ -385,11 +290,64 @@ mod tests {
         assert!(got.iter().all(|(bytes, source)| bytes.iter().all(|b| *b == bytes[0]) && source.port() == a.port()));
     }
 
+    /// Runs of equal datagrams, a shorter one at the end of each, with a mark of congestion or without.
+    #[test]
+    fn runs_leave_and_arrive_whole_with_and_without_segmentation() {
+        let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+        let hosts: Vec<SocketAddr> = [("127.0.0.1", true), ("[::1]", b.v6.is_some())]
+            .into_iter()
+            .filter(|(_, is_there)| *is_there)
+            .map(|(host, _)| format!("{host}:{}", b.port()).parse().unwrap())
+            .collect();
+        for cuts in [true, false] {
+            if !cuts {
+                a.v4.iter().chain(&a.v6).for_each(BatchSocket::stop_cutting);
+                assert!(!a.offloads().segmentation);
+            }
+            for (to, ecn) in hosts.iter().flat_map(|to| [(*to, Ecn::NotCapable), (*to, Ecn::Capable0)]) {
+                let mut batch = Outgoing::new(1 << 20);
+                let lens = [vec![1200; 70], vec![33], vec![500; 9], vec![1], vec![1400; 3]].concat();
+                for (n, len) in lens.iter().enumerate() {
+                    batch.spare(*len).unwrap().fill(n as u8);
+                    batch.push_each(*len, [Endpoint::from(to)], ecn);
+                }
+                assert!(batch.runs().count() < 10, "{} runs", batch.runs().count());
+                assert_eq!(a.send(&batch, Duration::from_secs(1)), 0);
+                let (mut received, mut got) = (Received::default(), Vec::new());
+                let deadline = Instant::now() + Duration::from_secs(5);
+                while got.len() < lens.len() {
+                    assert!(Instant::now() < deadline, "{} of {} came to {to}", got.len(), lens.len());
+                    b.receive(&mut received).unwrap();
+                    assert!(received.iter().all(|(_, arrival, _)| arrival.ecn == ecn), "{to} {ecn:?}");
+                    got.extend(received.iter().map(|(bytes, ..)| (bytes.len(), bytes[0])));
+                }
+                let sent: Vec<_> = lens.iter().enumerate().map(|(n, len)| (*len, n as u8)).collect();
+                assert_eq!(got, sent, "{to} {ecn:?} {cuts}");
+            }
+        }
+    }
+
+    /// The loopback's MTU is larger than any datagram; a run of datagrams that are larger than the route's is refused whole.
+    #[test]
+    fn datagrams_that_do_not_fit_the_path_leave_in_fragments() {
+        let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+        let mut batch = Outgoing::new(1 << 20);
+        for n in 0..3 {
+            let datagram = batch.spare(20_000).unwrap();
+            datagram.fill(n);
+            batch.push(20_000, Endpoint::from(SocketAddr::from(([127, 0, 0, 1], b.port()))));
+        }
+        assert_eq!(batch.runs().count(), 1);
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), 0);
+        assert_eq!(receive(&b, 3).iter().map(|(bytes, _)| bytes.len()).collect::<Vec<_>>(), [20_000; 3]);
+        assert!(a.offloads().segmentation, "one path says nothing of the others");
+    }
+
     #[test]
     fn a_datagram_the_kernel_refuses_does_not_stop_the_others() {
         let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
         let target: SocketAddr = ([127, 0, 0, 1], b.port()).into();
-        let mut batch = Packed::new(1 << 18);
+        let mut batch = Outgoing::new(1 << 18);
         for len in [10, 65_535, 20] {
             batch.spare(len).unwrap().fill(1);
             batch.push(len, Endpoint::from(target));
@@ -403,9 +361,9 @@ mod tests {
     fn hops_left(a: &UdpSockets, b: &UdpSockets, host: &str, ttl: Option<u8>) -> Option<i32> {
         assert!(a.send_one(Endpoint::Direct(format!("{host}:{}", b.port()).parse().unwrap()), b"probe", ttl));
         let socket = if host.starts_with('[') { &b.v6 } else { &b.v4 };
-        let socket = socket.as_ref().unwrap();
+        let socket = socket.as_ref().unwrap().socket();
         poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5000u16)).unwrap();
-        let (mut bytes, mut control) = ([0; 64], nix::cmsg_space!(libc::c_int));
+        let (mut bytes, mut control) = ([0; 64], nix::cmsg_space!([libc::c_int; 8]));
         let mut blocks = [IoSliceMut::new(&mut bytes)];
         let flags = MsgFlags::MSG_DONTWAIT;
         let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut blocks, Some(&mut control), flags).unwrap();
@@ -420,9 +378,9 @@ mod tests {
     fn a_datagram_may_be_limited_to_a_few_hops_and_the_next_is_not() {
         let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
         let mut hosts = vec!["127.0.0.1"];
-        setsockopt(b.v4.as_ref().unwrap(), sockopt::Ipv4RecvTtl, &true).unwrap();
+        setsockopt(b.v4.as_ref().unwrap().socket(), sockopt::Ipv4RecvTtl, &true).unwrap();
         if let Some(v6) = &b.v6 {
-            setsockopt(v6, sockopt::Ipv6RecvHopLimit, &true).unwrap();
+            setsockopt(v6.socket(), sockopt::Ipv6RecvHopLimit, &true).unwrap();
             hosts.push("[::1]");
         }
         for host in hosts {
@@ -443,7 +401,7 @@ mod tests {
         let opened = a.open_extra(Family::V4, 40);
         assert_eq!(opened.len(), 40);
         let target: SocketAddr = ([127, 0, 0, 1], b.port()).into();
-        let mut batch = Packed::new(1 << 16);
+        let mut batch = Outgoing::new(1 << 16);
         for id in &opened {
             batch.spare(3).unwrap().fill(7);
             batch.push(3, Endpoint::Extra(*id, target));
@@ -463,7 +421,7 @@ mod tests {
             let all = a.descriptors()[2].unwrap();
             poll(&mut [PollFd::new(all, PollFlags::POLLIN)], PollTimeout::from(1000u16)).unwrap();
             a.receive(&mut received).unwrap();
-            sockets.extend(received.iter().filter_map(|(_, arrival)| arrival.socket));
+            sockets.extend(received.iter().filter_map(|(_, arrival, _)| arrival.socket));
         }
         assert_eq!(sockets, opened.iter().copied().collect());
 

@@ -1,4 +1,5 @@
-//! One signal for "the host's network changed": links, addresses, rules, routes of our table, and our packet filter table.
+//! One signal for "the host's network changed": links, addresses, rules, default routes, routes of our table, and our packet
+//! filter table.
 //!
 //! Owns multicast sockets of its own, so a flood of events never delays a request. Events are coalesced: any number
 //! before the next [`HostWatch::changed`] is one. Lost events count as a change.
@@ -10,8 +11,8 @@ use std::time::Duration;
 use futures_util::{Stream, StreamExt as _};
 use mesh_common::limits::ROUTE_TABLE;
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::MulticastGroup;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
@@ -126,7 +127,8 @@ fn concerns_us(event: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
 
 /// Hosts with many containers change their own routes all the time.
 fn is_ours(route: &RouteMessage) -> bool {
-    route.attributes.contains(&RouteAttribute::Table(ROUTE_TABLE))
+    let is_default = route.header.destination_prefix_length == 0 && route.header.address_family == AddressFamily::Inet;
+    is_default || route.attributes.contains(&RouteAttribute::Table(ROUTE_TABLE))
 }
 
 #[cfg(test)]

@@ -18,12 +18,14 @@ use mesh_proto::path::score;
 use mesh_proto::path::view::{CandidateView, PathView};
 
 use super::net::{FamilyStatus, NetStatus, Netcheck, Udp};
+use super::offload::OffloadStatus;
 use super::path::{AddressKind, Nat, NatStatus, PathStatus, SwitchStatus, Tier, TriedAddress};
+use super::port_mapping::PortMappingStatus;
 use super::{
     API_VERSION, BackendStatus, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState,
     PrefixStatus, Problem, ServerState, ServerStatus, Status,
 };
-use crate::dataplane::EngineStats;
+use crate::dataplane::{EngineStats, Offloads};
 use crate::io::carriers::Carriers;
 use crate::io::session::CarrierKind;
 use crate::state::State;
@@ -42,6 +44,8 @@ pub struct Facts<'a> {
     pub backend: &'a BackendStatus,
     /// Why the kernel's WireGuard did not take what it was last told.
     pub backend_problem: Option<&'a str>,
+    /// `None` where the kernel's WireGuard carries the packets.
+    pub offloads: Option<Offloads>,
     pub host_name: &'a str,
     pub started_at_ms: u64,
     pub is_ready: bool,
@@ -73,7 +77,8 @@ pub fn running(facts: &Facts<'_>) -> Status {
             namespace: Some(view.namespace.to_string()),
             problems,
             backend: Some(facts.backend.clone()),
-            net: net(view),
+            net: net(facts),
+            offloads: facts.offloads.map(offloads),
             ..node(facts.config, facts.started_at_ms)
         },
         servers: servers(facts),
@@ -84,7 +89,7 @@ pub fn running(facts: &Facts<'_>) -> Status {
 
 /// How the network looks from here; complete when no answer is awaited any more.
 pub fn netcheck(facts: &Facts<'_>, is_complete: bool) -> Netcheck {
-    Netcheck { is_complete, listen_port: facts.view.listen_port, net: net(facts.view), servers: servers(facts) }
+    Netcheck { is_complete, listen_port: facts.view.listen_port, net: net(facts), servers: servers(facts) }
 }
 
 /// The mesh is off.
@@ -121,10 +126,21 @@ fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
         problems: Vec::new(),
         backend: None,
         net: NetStatus::default(),
+        offloads: None,
     }
 }
 
-fn net(view: &View) -> NetStatus {
+fn offloads(granted: Offloads) -> OffloadStatus {
+    OffloadStatus {
+        tun_tcp: granted.device.tcp,
+        tun_udp: granted.device.udp,
+        udp_send: granted.socket.segmentation,
+        udp_receive: granted.socket.receive,
+    }
+}
+
+fn net(facts: &Facts<'_>) -> NetStatus {
+    let view = facts.view;
     let family = |report: &FamilyReport| FamilyStatus {
         udp: match (report.reflexive.is_empty(), report.udp_blocked) {
             (_, true) => Udp::Blocked,
@@ -137,7 +153,11 @@ fn net(view: &View) -> NetStatus {
         hairpin: report.hairpin,
         keeps_port: report.keeps_port,
     };
-    NetStatus { v4: family(&view.net.v4), v6: family(&view.net.v6) }
+    NetStatus {
+        v4: family(&view.net.v4),
+        v6: family(&view.net.v6),
+        port_mapping: PortMappingStatus::new(&view.port_mapping, view.listen_port, facts.now),
+    }
 }
 
 fn servers(facts: &Facts<'_>) -> Vec<ServerStatus> {
@@ -343,7 +363,8 @@ fn counters(facts: &Facts<'_>) -> BTreeMap<String, u64> {
     let probes = facts.view.dropped_probes.iter().map(|(why, count)| (why.clone(), *count));
     let malformed = ("session_messages_malformed".to_owned(), facts.view.malformed);
     let stun = ("stun_rejected".to_owned(), facts.view.stun_rejected);
-    drops.chain(refused).chain(probes).chain([malformed, stun]).collect()
+    let mapping = facts.view.port_mapping_counters.clone();
+    drops.chain(refused).chain(probes).chain(mapping).chain([malformed, stun]).collect()
 }
 
 fn micros(duration: Duration) -> u64 {

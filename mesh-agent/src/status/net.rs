@@ -6,12 +6,16 @@ use serde::{Deserialize, Serialize};
 
 use super::ServerStatus;
 use super::path::Nat;
+use super::port_mapping::PortMappingStatus;
 
 /// How servers see the WireGuard port, each IP version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetStatus {
     pub v4: FamilyStatus,
     pub v6: FamilyStatus,
+    /// The port of the router that leads here, IPv4.
+    #[serde(default)]
+    pub port_mapping: PortMappingStatus,
 }
 
 /// The answer to `netcheck`.

@@ -58,10 +58,14 @@ impl Status {
             let why = backend.why_not_kernel.as_ref().map_or_else(String::new, |why| format!("; {why}"));
             line("Backend", &format!("{}{why}", backend.kind.name()));
         }
+        if let Some(offloads) = node.offloads {
+            line("Offloads", &offloads.words());
+        }
         line("Node id", &node.id);
         if show.wide {
             line("Public key", &node.public_key);
             line("Namespace", node.namespace.as_deref().unwrap_or("none"));
+            line("Mapped port", &node.net.port_mapping.line());
         }
         for problem in &node.problems {
             let _ = writeln!(text, "\nProblem: {}\n    Fix: {}", clean(&problem.what), clean(&problem.fix));

@@ -1,7 +1,9 @@
 #![allow(clippy::unwrap_used)]
 
 use super::net::{FamilyStatus, Netcheck, Udp};
+use super::offload::OffloadStatus;
 use super::path::{AddressKind, FilteringWord, MappingWord, Nat, SwitchStatus, Tier, TriedAddress};
+use super::port_mapping::{PortMappingProtocol, PortMappingState, PortMappingStatus};
 use super::*;
 
 /// A node with one of everything, for tests of what is shown and sent.
@@ -27,6 +29,7 @@ pub(crate) fn example() -> Status {
                 why_not_kernel: Some("this kernel has no WireGuard".to_owned()),
             }),
             net: net(),
+            offloads: Some(OffloadStatus { tun_tcp: true, tun_udp: false, udp_send: true, udp_receive: true }),
         },
         servers: vec![ServerStatus {
             endpoint: "https://disc.example:7443".to_owned(),
@@ -86,7 +89,16 @@ fn net() -> NetStatus {
         hairpin: Some(false),
         keeps_port: Some(false),
     };
-    NetStatus { v4, v6: FamilyStatus { udp: Udp::Blocked, ..FamilyStatus::default() } }
+    let port_mapping = PortMappingStatus {
+        state: PortMappingState::Mapped,
+        router: Some(Ipv4Addr::new(192, 168, 1, 1)),
+        protocol: Some(PortMappingProtocol::Pcp),
+        external: Some("203.0.113.7:51872".parse().unwrap()),
+        next_in_ms: Some(28 * 60_000),
+        tried: BTreeMap::from([(PortMappingProtocol::Pcp, "works".to_owned())]),
+        detail: "203.0.113.7:51872, which router 192.168.1.1 leads to this node (PCP)".to_owned(),
+    };
+    NetStatus { v4, v6: FamilyStatus { udp: Udp::Blocked, ..FamilyStatus::default() }, port_mapping }
 }
 
 fn relayed() -> PathStatus {
@@ -127,6 +139,7 @@ State       degraded (65 s, version 0.1.0)
 Addresses   198.19.0.7, fd00::7
 Interface   mesh0, UDP port 51872
 Backend     userspace; this kernel has no WireGuard
+Offloads    TUN TCP, UDP send, UDP receive (the kernel lacks TUN UDP)
 Node id     abababababababababababababababababababababababababababababababab
 
 Problem: no server answers
@@ -198,6 +211,8 @@ Hairpin     no
 
 IPv6        UDP is blocked: no server answers over it, so peers elsewhere are reached over relays
 
+Mapped port 203.0.113.7:51872, which router 192.168.1.1 leads to this node (PCP); renewed in 28 min
+
 SERVER                     STATE      CARRIER    ROUND TRIP  RELAY  PROXY                               DETAIL
 https://disc.example:7443  connected  websocket  3.4 ms      yes    http://(hidden)@proxy.example:3128
 ";
@@ -206,6 +221,7 @@ https://disc.example:7443  connected  websocket  3.4 ms      yes    http://(hidd
     let json = serde_json::to_value(&netcheck).unwrap();
     assert_eq!(json["net"]["v4"]["nat"]["mapping"], "port-independent");
     assert_eq!(json["net"]["v6"]["udp"], "blocked");
+    assert_eq!(json["net"]["port_mapping"]["tried"]["pcp"], "works");
 }
 
 #[test]

@@ -154,6 +154,11 @@ impl Netcheck {
             }
             text.push('\n');
         }
+        // An older agent says nothing of it.
+        let mapped = self.net.port_mapping.line();
+        if !mapped.is_empty() {
+            let _ = writeln!(text, "{:<12}{}\n", "Mapped port", clean(&mapped));
+        }
         if self.servers.is_empty() {
             text.push_str("No discovery server is configured.\n");
         } else {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mesh_agent::backend::BackendKind;
 use mesh_agent::clock;
-use mesh_agent::dataplane::{BoringTunnels, Engine, EngineStats, Tun, UdpSockets};
+use mesh_agent::dataplane::{BoringTunnels, Engine, EngineStats, Offloads, Tun, UdpSockets};
 use mesh_agent::io::carriers::Carriers;
 use mesh_agent::io::session::Dialer;
 use mesh_agent::status::BackendStatus;
@@ -22,6 +22,7 @@ use mesh_proto::discovery::client::ClientState;
 use mesh_proto::mesh::agent::{Dropped, PeerView, ServerView, View};
 use mesh_proto::mesh::members::{RejectedShape, Rejection};
 use mesh_proto::mesh::peer::Verdict;
+use mesh_proto::net::port_mapping::{MapperState, MapperView};
 use mesh_proto::net::report::{FamilyReport, Report};
 use mesh_proto::path::agent::{PathAgent, PathState};
 use mesh_proto::sealed::OpenError;
@@ -71,6 +72,8 @@ fn view(now: Instant) -> View {
             rtt: None,
         }],
         net: Report::default(),
+        port_mapping: MapperView { state: MapperState::NotNeeded, router: None, next: None, tried: BTreeMap::new() },
+        port_mapping_counters: BTreeMap::new(),
         stun_rejected: 0,
         peers: vec![peer],
         failed_steps: BTreeMap::new(),
@@ -108,6 +111,7 @@ fn shown(view: &View, is_state_dir_failing: bool, now: Instant) -> Status {
         carriers: &Carriers::new(dialer),
         counters: &counters,
         engine: &drops(),
+        offloads: Some(Offloads::default()),
         host_name: "node-1",
         started_at_ms: 0,
         is_ready: true,

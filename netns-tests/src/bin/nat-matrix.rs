@@ -20,6 +20,9 @@ struct Args {
     /// One pair of each class.
     #[arg(long, conflicts_with = "only")]
     smoke: bool,
+    /// The pair that needs luck, ten times, and no other.
+    #[arg(long, conflicts_with_all = ["only", "smoke"])]
+    hard: bool,
     /// These pairs, each as A,B or same-nat; may be repeated.
     #[arg(long, value_name = "A,B", value_parser = parse_pair)]
     only: Vec<Pair>,
@@ -50,6 +53,8 @@ fn main() -> ExitCode {
     }
     let selection = if args.smoke {
         Selection::Smoke
+    } else if args.hard {
+        Selection::Hard
     } else if args.only.is_empty() {
         Selection::All
     } else {

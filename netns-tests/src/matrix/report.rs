@@ -100,7 +100,7 @@ pub struct Summary {
 impl Report {
     pub fn ok(&self) -> bool {
         let summary = self.summary();
-        !self.rows.is_empty()
+        (!self.rows.is_empty() || self.hard.is_some())
             && self.rows.iter().all(|row| row.ok)
             && summary.direct_p50_ms.is_none_or(|ms| ms < DIRECT_P50_MS)
             && summary.direct_p95_ms.is_none_or(|ms| ms < DIRECT_P95_MS)
@@ -176,6 +176,8 @@ mod tests {
         assert_eq!(report.rows[1].got, Got::None);
         let hard = |direct| Report { hard: Some(Hard { runs: 10, direct }), ..rows(&[100]) }.ok();
         assert!(hard(8) && !hard(7));
+        let alone = |direct| Report { hard: Some(Hard { runs: 10, direct }), ..Report::default() }.ok();
+        assert!(alone(8) && !alone(7));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! - The table `inet fw` alone is the IPv6 firewall: address and port filtering, no translation.
 
 use super::{Ports, Router};
+use crate::gateway;
 use crate::nft::rules::{
     Chain, ChainType, DNAT, Direction, ESTABLISHED, Family, Field, Hook, ICMP, ICMPV6, RELATED, Rule, Set, TCP, Table,
     UDP, Verdict,
@@ -35,11 +36,13 @@ pub struct Options {
     pub hairpin: bool,
     /// How long a mapping without packets is remembered.
     pub mapping_seconds: u32,
+    /// Inner hosts reach its port mapping service, if one runs.
+    pub maps_ports: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { wan: "wan", also_wan: None, ports: Ports::Kept, hairpin: false, mapping_seconds: 120 }
+        Self { wan: "wan", also_wan: None, ports: Ports::Kept, hairpin: false, mapping_seconds: 120, maps_ports: false }
     }
 }
 
@@ -76,12 +79,20 @@ pub fn tables(router: Router, options: &Options) -> Vec<Table> {
 
 fn firewall(router: Router, options: &Options) -> Table {
     let known = || Rule::new().state(ESTABLISHED | RELATED).accept();
-    let input = vec![
+    let mut input = vec![
         Rule::new().from_link("lo").accept(),
         Rule::new().protocol(ICMPV6).accept(),
         Rule::new().from_links_of(LAN).protocol(ICMP).accept(),
         known(),
     ];
+    if options.maps_ports {
+        let services = [(UDP, 5351), (UDP, 1900), (TCP, gateway::HTTP_PORT)];
+        input.extend(
+            services.map(|(protocol, port)| {
+                Rule::new().from_links_of(LAN).protocol(protocol).destination_port(port).accept()
+            }),
+        );
+    }
     let mut forward = vec![known()];
     for wan in std::iter::once(options.wan).chain(options.also_wan) {
         let outward = || Rule::new().from_links_of(LAN).to_link(wan);
@@ -92,9 +103,8 @@ fn firewall(router: Router, options: &Options) -> Table {
             forward.push(outward().accept());
         }
     }
-    if takes_from_outside(router) {
-        forward.push(Rule::new().from_link(options.wan).status(DNAT).accept());
-    }
+    // By an open kind of NAT, or by a port that was asked for.
+    forward.push(Rule::new().from_link(options.wan).status(DNAT).accept());
     if options.hairpin {
         forward.push(Rule::new().from_links_of(LAN).to_links_of(LAN).status(DNAT).accept());
     }
@@ -109,10 +119,6 @@ fn firewall(router: Router, options: &Options) -> Table {
 /// What no rule accepts is dropped.
 fn filter(name: &'static str, hook: Hook, rules: Vec<Rule>) -> Chain {
     Chain { name, kind: ChainType::Filter, hook, priority: 0, policy: Verdict::Drop, rules }
-}
-
-fn takes_from_outside(router: Router) -> bool {
-    matches!(router, Router::EimEif | Router::EimAdf)
 }
 
 fn translation(router: Router, options: &Options) -> Table {

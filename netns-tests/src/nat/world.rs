@@ -227,11 +227,27 @@ impl Site {
         self.reload()
     }
 
+    /// Whether inner hosts reach the home's port mapping service, from the next rules on.
+    pub fn set_maps_ports(&mut self, maps_ports: bool) -> Result<()> {
+        self.options.maps_ports = maps_ports;
+        self.reload()
+    }
+
+    /// The home's link to the outside.
+    pub fn outer_link(&self) -> &'static str {
+        self.options.wan
+    }
+
+    /// The home's address there.
+    pub fn home_outside(&self) -> Ipv4Addr {
+        if self.kind.has_carrier() { Ipv4Addr::new(100, 64, self.number, 2) } else { self.home_address }
+    }
+
     /// What a router that restarts forgets: all.
     pub fn reload(&self) -> Result<()> {
         let mut routers = self.kind.routers().iter();
         let home = routers.next().map_or_else(rules::none, |router| rules::tables(*router, &self.options));
-        let outer = Options { wan: "wan", also_wan: None, ..self.options };
+        let outer = Options { wan: "wan", also_wan: None, maps_ports: false, ..self.options };
         let carrier = routers.next().map_or_else(rules::none, |router| rules::tables(*router, &outer));
         self.close()?;
         self.home.load_rules(&home)?;

@@ -2,7 +2,7 @@
 //!
 //! Speaks of rules as the manual of nftables does, and only of the parts that the lab's routers need.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Context, Result};
 
@@ -224,6 +224,15 @@ impl Rule {
 
     pub fn dnat_by(self, key: &[Field], map: &str) -> Self {
         self.translate_by(1, key, map)
+    }
+
+    /// Destination becomes this socket.
+    pub fn dnat_to(self, to: SocketAddrV4) -> Self {
+        const DESTINATION: u32 = 1;
+        const IPV4: u32 = 2;
+        self.immediate(SLOT, &to.ip().octets())
+            .immediate(SLOT + 1, &to.port().to_be_bytes())
+            .add("nat", Attributes::new().number(1, DESTINATION).number(2, IPV4).number(3, SLOT).number(5, SLOT + 1))
     }
 
     /// Source becomes this router's address; the port stays if it can.

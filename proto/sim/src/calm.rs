@@ -160,7 +160,11 @@ impl Calm {
                 self.hosts[host].apply(actions, || false, now);
             }
             Effect::Stopped => self.kill(host),
-            Effect::Send { .. } | Effect::Relay(..) | Effect::Deliver(..) | Effect::MembersChanged => {}
+            Effect::Send { .. }
+            | Effect::MapPort(_)
+            | Effect::Relay(..)
+            | Effect::Deliver(..)
+            | Effect::MembersChanged => {}
         }
     }
 
@@ -221,6 +225,7 @@ pub fn plan(number: u8, prefixes: &[IpNet]) -> HostPlan {
             prefixes: prefixes.iter().copied().collect(),
             advertise_node_addresses: true,
             endpoint_filter: EndpointFilter::default(),
+            port_mapping: true,
             static_peers: Vec::new(),
             deny_nodes: BTreeSet::new(),
             allow_down_peer_bypass: false,

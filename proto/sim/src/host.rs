@@ -15,6 +15,7 @@ use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Endpoint, SocketId, UnderlayLink};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
 use mesh_proto::mesh::settings::Settings;
+use mesh_proto::net::port_mapping::MappingRequest;
 use mesh_proto::path::agent::PathPolicy;
 use mesh_proto::random::SplitMix64;
 use mesh_proto::wire::demux::{self, Datagram};
@@ -85,6 +86,8 @@ pub enum Effect {
         bytes: Bytes,
         ttl: Option<u8>,
     },
+    /// A question to the router before the host.
+    MapPort(MappingRequest),
     /// A message that its carrier may lose like a datagram.
     Relay(ServerId, Bytes),
     Deliver(WgPublicKey, Endpoint, Vec<u8>),
@@ -320,6 +323,7 @@ impl Host {
                         }
                         agent.handle_sockets(&peer, &opened, now);
                     }
+                    AgentEvent::MapPort(request) => effects.push(Effect::MapPort(request)),
                     AgentEvent::CloseSockets(closed) => self.sockets.retain(|socket, _| !closed.contains(socket)),
                     AgentEvent::SendRelay { server, message } => effects.push(Effect::Relay(server, message)),
                     AgentEvent::Relayed { server, peer, datagram } => {

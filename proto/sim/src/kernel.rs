@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use mesh_common::allowed_ips::AllowedIps;
 use mesh_common::key::WgPublicKey;
-use mesh_proto::device::{Action, Family, Link, MssClamp, Observed, PeerSpec, Route, RouteKind, UnderlayLink};
+use mesh_proto::device::{Action, Family, Gateway, Link, MssClamp, Observed, PeerSpec, Route, RouteKind, UnderlayLink};
 use mesh_proto::mesh::agent::StepError;
 
 /// Where a packet without a mark goes.
@@ -27,6 +27,8 @@ pub struct Kernel {
     pub routes: BTreeSet<Route>,
     pub rules: BTreeSet<Family>,
     pub underlay: Vec<UnderlayLink>,
+    /// The router on its way to the Internet.
+    pub gateway: Option<Gateway>,
     /// With the value before.
     loosened: BTreeMap<String, u8>,
     pub mss_clamp: MssClamp,
@@ -125,6 +127,7 @@ impl Kernel {
             routes: self.routes.clone(),
             rules: self.rules.clone(),
             underlay: self.underlay.clone(),
+            gateway: self.gateway,
             loosened: self.loosened.keys().cloned().collect(),
             mss_clamp: self.mss_clamp,
         }

@@ -153,6 +153,11 @@ impl Nat {
         self.forwarded.insert(port, internal);
     }
 
+    /// The external port is nobody's any more.
+    pub fn withdraw(&mut self, port: u16) {
+        self.forwarded.remove(&port);
+    }
+
     /// The router forgets all flows and its outer address becomes this one. Ports are chosen anew: none is preserved.
     pub fn rebind(&mut self, outer: Ipv4Addr) {
         self.outer = outer;

@@ -18,6 +18,7 @@ use crate::nat::NatKind;
 mod faults;
 pub mod judge;
 pub mod plan;
+pub mod port_mapping;
 mod sessions;
 mod trace;
 mod world;
@@ -55,7 +56,12 @@ pub struct Outcome {
 
 /// Runs a seed to its end.
 pub fn run(options: Options) -> Outcome {
-    World::new(Plan::new(options.seed), options).run()
+    run_plan(Plan::new(options.seed), options)
+}
+
+/// Runs a plan, of this seed or changed by hand.
+pub fn run_plan(plan: Plan, options: Options) -> Outcome {
+    World::new(plan, options).run()
 }
 
 fn is_tunnel_data(datagram: &[u8]) -> bool {

@@ -207,6 +207,7 @@ fn plan(
         prefixes,
         advertise_node_addresses: random.below(4) != 0,
         endpoint_filter: EndpointFilter::default(),
+        port_mapping: true,
         static_peers: Vec::new(),
         deny_nodes: BTreeSet::new(),
         allow_down_peer_bypass: random.below(8) == 0,

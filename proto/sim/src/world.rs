@@ -287,6 +287,8 @@ impl World {
                 self.clock.after(delay, Event::Apply { host, run, actions, members });
             }
             Effect::Send { to, bytes, .. } => self.send_datagram(host, to, bytes),
+            // Its hosts have no router.
+            Effect::MapPort(_) => {}
             Effect::Relay(server, message) => self.transmit(host, server, message),
             Effect::Deliver(key, _, packet) => {
                 if let Some(packet) = Packet::decode(&packet) {

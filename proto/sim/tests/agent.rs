@@ -50,6 +50,7 @@ fn settings() -> Settings {
         prefixes: BTreeSet::new(),
         advertise_node_addresses: false,
         endpoint_filter: EndpointFilter::default(),
+        port_mapping: true,
         static_peers: vec![],
         deny_nodes: BTreeSet::new(),
         allow_down_peer_bypass: false,

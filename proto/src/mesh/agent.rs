@@ -14,6 +14,7 @@ use mesh_common::id::{NodeId, ServerId};
 use mesh_common::key::{ClusterKeys, PresharedKey, SignKey, WgProof, WgPublicKey, WgSecret};
 use mesh_common::limits::RECONCILE_INTERVAL;
 use mesh_common::time::Instant;
+use sha2::{Digest as _, Sha256};
 
 use crate::device::{
     Action, Capabilities, Endpoint, Family, Observed, PeerReport, PeerRoute, Route, RouteKind, SocketId,
@@ -23,6 +24,7 @@ use crate::mesh::members::Members;
 use crate::mesh::path_table::PathTable;
 use crate::mesh::peer::Peer;
 use crate::mesh::settings::Settings;
+use crate::net::port_mapping::{MappingRequest, PortMapper};
 use crate::net::report::NetReport;
 use crate::path::agent::{PathAgent, PathEvent, PathPolicy, PathState};
 use crate::path::hard::Turn;
@@ -35,6 +37,7 @@ mod guessing;
 mod net;
 mod paths;
 mod port;
+mod port_mapping;
 mod publish;
 mod sessions;
 #[cfg(test)]
@@ -118,6 +121,8 @@ pub enum AgentEvent {
         ttl: Option<u8>,
     },
     CloseSockets(Vec<SocketId>),
+    /// Put this to the router, then call `handle_mapping`.
+    MapPort(MappingRequest),
     /// Hand this message to the server's carrier, ahead of nothing: it may be lost like a datagram.
     SendRelay {
         server: ServerId,
@@ -161,6 +166,7 @@ pub struct Agent {
     clients: BTreeMap<ServerId, Client>,
     server_facts: BTreeMap<ServerId, ServerFacts>,
     net: NetReport,
+    mapper: PortMapper,
     /// When a server first told all members it knows.
     synced_at: Option<Instant>,
     /// What stood on the host before the first step, without a member that accounts for it.
@@ -244,6 +250,7 @@ impl Agent {
         members.set_own_seq(start.last_seq);
         members.set_denied(settings.deny_nodes.clone());
         let nonces = publish::Nonces::new(start.seed);
+        let mapper = PortMapper::new(settings.port_mapping, pcp_nonce(&start.identity), nonces.mapper_seed());
         let mut agent = Self {
             settings,
             keys: start.keys,
@@ -255,6 +262,7 @@ impl Agent {
             started: (now, start.unix_ms),
             random: SplitMix64::new(nonces.seed()),
             net: NetReport::new(nonces.stun_seed()),
+            mapper,
             nonces,
             members,
             clients: BTreeMap::new(),
@@ -359,6 +367,8 @@ impl Agent {
             self.connect_servers(now);
         }
         self.tell_net_host(now);
+        self.mapper.handle_switch(self.settings.port_mapping, now);
+        self.tell_mapper_host(now);
         self.rp_filter_denied.clear();
         self.work_out_at(now);
         self.settle(now);
@@ -463,6 +473,7 @@ impl Agent {
         if self.leaving.is_none() {
             tracing::info!("leaving the mesh");
             self.leaving = Some(Leaving { give_up_at: Some(now + FAREWELL_WAIT), said: false, stopped: false });
+            self.mapper.handle_stop(now);
             self.work_out_at(now);
         }
         self.settle(now);
@@ -476,6 +487,7 @@ impl Agent {
             self.with_path(&key, now, |path| path.handle_timeout(now));
         }
         self.net.handle_timeout(now);
+        self.mapper.handle_timeout(now);
         if now >= self.next_tick {
             self.next_tick = now + RECONCILE_INTERVAL;
             let connected = self.connected();
@@ -517,6 +529,7 @@ impl Agent {
             self.publisher.poll_timeout(),
             self.probing.poll_timeout(),
             self.net.poll_timeout(),
+            self.mapper.poll_timeout(),
             Some((self.next_tick, "compare desired and observed")),
         ];
         clients.chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
@@ -538,9 +551,11 @@ impl Agent {
         }
         self.observed = Some(observed);
         self.tell_net_host(now);
+        self.tell_mapper_host(now);
         if moved {
             tracing::info!("the network of this host changed");
             self.net.handle_network_changed(now);
+            self.mapper.handle_network_changed(now);
             self.rp_filter_denied.clear();
             for client in self.clients.values_mut() {
                 client.handle_network_changed(now);
@@ -560,6 +575,7 @@ impl Agent {
     fn settle(&mut self, now: Instant) {
         self.drain_clients(now);
         self.drain_net(now);
+        self.drain_mapper(now);
         if self.due.is_some_and(|due| due <= now) {
             (self.due, self.reconcile_due) = (None, None);
             self.work_out(now);
@@ -594,7 +610,9 @@ impl Agent {
         }
         if has_silent_path {
             self.net.handle_doubt(now);
+            self.mapper.handle_doubt(now);
             self.drain_net(now);
+            self.drain_mapper(now);
         }
     }
 
@@ -657,6 +675,14 @@ impl Agent {
             }
         }
     }
+}
+
+/// The same at every start, and nobody else's.
+fn pcp_nonce(identity: &SignKey) -> [u8; 12] {
+    let hash: [u8; 32] = Sha256::digest(identity.sign("meshspan/v1 pcp nonce", &[])).into();
+    let mut nonce = [0; 12];
+    nonce.copy_from_slice(&hash[..12]);
+    nonce
 }
 
 fn is_down(state: PathState) -> bool {

@@ -25,6 +25,8 @@ pub struct Settings {
     pub advertise_node_addresses: bool,
     /// Which own addresses may be announced as candidates, and which of the peers' may be tried.
     pub endpoint_filter: EndpointFilter,
+    /// Whether the router before this node is asked to lead a port here.
+    pub port_mapping: bool,
     pub static_peers: Vec<StaticPeer>,
     pub deny_nodes: BTreeSet<NodeId>,
     pub allow_down_peer_bypass: bool,

@@ -15,6 +15,7 @@ use crate::dataplane::peer::{Path, Peer};
 use crate::dataplane::queues::{CONTROL_QUEUE, RELAY_QUEUE, RELAY_QUEUE_BYTES};
 
 mod control;
+mod offload;
 mod paths;
 
 const SERVER: ServerId = ServerId(0);
@@ -36,12 +37,15 @@ struct Node {
 impl Node {
     /// Node `n` has inner addresses 10.0.0.n and fd00::n, and endpoint 192.0.2.n:51872.
     fn start(net: &MemoryNet, n: u8) -> Self {
+        Self::start_with(net, n, link())
+    }
+
+    fn start_with(net: &MemoryNet, n: u8, (tun, host): (MemoryTun, HostLink)) -> Self {
         let started = RealInstant::now();
         // Far from the origin, as on a host that booted long ago.
         let clock: Clock = Arc::new(move || Instant::from_origin(Duration::from_secs(10_000) + started.elapsed()));
         let secret = WgSecret::from_seed(&[n; 32]);
         let endpoint = endpoint(n);
-        let (tun, host) = link();
         let factory = BoringTunnels::new(&secret);
         let engine = Engine::start(Some(tun), net.socket(endpoint), factory, Arc::clone(&clock)).unwrap();
         Self { engine, host, key: secret.public(), endpoint, clock, reports: Vec::new(), is_relayed: false }
@@ -104,7 +108,10 @@ fn spec(n: u8) -> PeerSpec {
 
 /// Two nodes that know each other and where they are.
 fn pair(net: &MemoryNet) -> [Node; 2] {
-    let [mut a, mut b] = [Node::start(net, 1), Node::start(net, 2)];
+    introduce([Node::start(net, 1), Node::start(net, 2)])
+}
+
+fn introduce([mut a, mut b]: [Node; 2]) -> [Node; 2] {
     a.know(&b, 2);
     b.know(&a, 1);
     a.route(&b, Some(b.endpoint), &[]);

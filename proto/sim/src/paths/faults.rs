@@ -92,6 +92,7 @@ impl World {
     }
 
     fn set_addresses(&mut self, host: usize, addresses: Vec<IpNet>) {
+        self.tell_gateway(host);
         let machine = &mut self.machines[host].host;
         for link in machine.plan.underlay.iter_mut().chain(&mut machine.kernel.underlay) {
             link.addresses.clone_from(&addresses);

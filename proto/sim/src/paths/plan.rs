@@ -22,6 +22,7 @@ use crate::internet::{Internet, NetworkId, Node, RouterId};
 use crate::link::Weather;
 use crate::nat::{Dependence, Nat, NatKind, NatPlan, PortChoice};
 use crate::oracle::{Hop, Side};
+use crate::paths::port_mapping::PlannedMapper;
 
 /// Ports of every server's STUN.
 pub const STUN_PORTS: [u16; 2] = [3478, 3479];
@@ -43,6 +44,8 @@ pub struct Plan {
     /// Who talks to whom.
     pub pairs: Vec<(usize, usize)>,
     pub weather: Weather,
+    /// Routers that lead ports on request; none unless a test puts some there.
+    pub mappers: Vec<PlannedMapper>,
     /// The first packet of each pair.
     pub demand_at: Duration,
     pub fault: Option<(Duration, Fault)>,
@@ -246,6 +249,7 @@ impl Draft {
             servers,
             pairs,
             weather,
+            mappers: Vec::new(),
             demand_at,
             fault,
             quiet_at,
@@ -479,6 +483,7 @@ fn settings(index: usize, servers: usize) -> Settings {
         prefixes: BTreeSet::new(),
         advertise_node_addresses: false,
         endpoint_filter: EndpointFilter::default(),
+        port_mapping: true,
         static_peers: Vec::new(),
         deny_nodes: BTreeSet::new(),
         allow_down_peer_bypass: false,

@@ -9,16 +9,18 @@ use mesh_common::id::ServerId;
 use mesh_common::time::Instant;
 use mesh_proto::device::Action;
 use mesh_proto::mesh::agent::Agent;
+use mesh_proto::net::port_mapping::{Grant, MappingFailure, MappingId};
 use mesh_proto::random::SplitMix64;
 use mesh_proto::wire::stun;
 
 use super::judge::{Judge, Talk};
 use super::plan::{BUSY, Fault, Plan, PlannedServer, STUN_PORTS, Uplink};
+use super::port_mapping::Mapper;
 use super::trace::Trace;
 use super::{Options, Outcome};
 use crate::clock::Clock;
 use crate::host::{Effect, Host};
-use crate::internet::{DEFAULT_TTL, Flight, Internet, NetworkId, Node};
+use crate::internet::{DEFAULT_TTL, Flight, Internet, NetworkId, Node, RouterId};
 use crate::kernel::Decision;
 use crate::link::{Links, Place};
 use crate::nat::NatKind;
@@ -71,6 +73,15 @@ pub(super) enum Event {
         to_server: bool,
         message: Bytes,
     },
+    /// What a router answered.
+    Mapped {
+        host: usize,
+        run: u32,
+        id: MappingId,
+        outcome: Result<Grant, MappingFailure>,
+    },
+    ForgetPorts,
+    RestartMappers,
     Fault,
     FaultEnds,
     Silence,
@@ -112,6 +123,7 @@ pub(super) struct World {
     pub(super) carrier_of: BTreeMap<(usize, ServerId), u64>,
     pub(super) next_carrier: u64,
     pub(super) server_wakes: Vec<Option<Instant>>,
+    pub(super) mappers: BTreeMap<RouterId, Mapper>,
     pub(super) fault: Option<Fault>,
     pub(super) judge: Judge,
     classes: [NatKind; 2],
@@ -167,6 +179,10 @@ impl World {
                 wake: None,
             });
         }
+        for restarts in plan.mappers.iter().filter_map(|mapper| mapper.restarts) {
+            clock.at(at(restarts), Event::RestartMappers);
+        }
+        let mappers = plan.mappers.into_iter().map(|mapper| (mapper.router, Mapper::new(mapper))).collect();
         let fault = plan.fault.map(|(after, fault)| {
             clock.at(at(after), Event::Fault);
             clock.at(at(after) + fault.lasts(), Event::FaultEnds);
@@ -197,6 +213,7 @@ impl World {
             carrier_uplinks: BTreeMap::new(),
             carrier_of: BTreeMap::new(),
             next_carrier: 0,
+            mappers,
             fault,
             judge: Judge::new(talks, loses),
             classes: plan.classes,
@@ -212,6 +229,7 @@ impl World {
         if options.traces {
             world.trace = Trace::new(world.machines.iter().map(|machine| &machine.host));
         }
+        (0..world.machines.len()).for_each(|host| world.tell_gateway(host));
         world.note_addresses();
         world
     }
@@ -294,6 +312,14 @@ impl World {
             Event::CarrierUp(carrier) => self.carrier_up(carrier),
             Event::Stream { carrier, to_server } => self.pump(carrier, to_server),
             Event::Relay { carrier, to_server, message } => self.take_relayed(carrier, to_server, &message),
+            Event::Mapped { host, run, id, outcome } => {
+                if let Some(agent) = self.agent_of(host, run) {
+                    agent.handle_mapping(id, outcome, now);
+                    self.touch(host);
+                }
+            }
+            Event::ForgetPorts => self.forget_ports(),
+            Event::RestartMappers => self.restart_mappers(),
             Event::Fault => self.begin_fault(),
             Event::FaultEnds => self.end_fault(),
             Event::Silence => self.judge.note_silence(now),
@@ -306,7 +332,7 @@ impl World {
     fn unless_suspended(&mut self, event: Event) -> Option<Event> {
         let host = match &event {
             Event::Wake(host) | Event::Tick(host) | Event::Observe(host) => *host,
-            Event::Reserved { host, .. } | Event::Apply { host, .. } => *host,
+            Event::Reserved { host, .. } | Event::Apply { host, .. } | Event::Mapped { host, .. } => *host,
             Event::Say(talk) => self.judge.talk(*talk).from,
             Event::Stream { carrier, to_server: false } => self.carriers.get(carrier)?.host,
             Event::CarrierUp(carrier) => self.carriers.get(carrier)?.host,
@@ -368,6 +394,7 @@ impl World {
                 self.clock.after(delay, Event::Apply { host, run, actions });
             }
             Effect::Send { port, to, bytes, ttl } => self.send(host, (port, to), bytes, ttl),
+            Effect::MapPort(request) => self.map_port(host, &request),
             Effect::Relay(server, message) => self.relay(host, server, message),
             Effect::Deliver(key, from, packet) => {
                 if let Some(packet) = Packet::decode(&packet) {

@@ -19,13 +19,14 @@ impl Agent {
     /// Somebody wants to know how the network looks now: servers are asked again.
     pub fn check_net(&mut self, now: Instant) {
         self.net.handle_check(now);
+        self.mapper.handle_check(now);
         self.clients.values_mut().for_each(|client| client.handle_check(now));
         self.settle(now);
     }
 
     /// Whether an answer to [`Self::check_net`] may still come.
     pub fn is_checking_net(&self) -> bool {
-        self.net.is_checking() || self.clients.values().any(Client::is_measuring)
+        self.net.is_checking() || self.mapper.is_asking() || self.clients.values().any(Client::is_measuring)
     }
 
     /// Servers came, went, or told where they answer STUN.
@@ -56,7 +57,7 @@ impl Agent {
         let servers = self.server_facts.iter().flat_map(of_server);
         let report = self.net.report();
         let own = report.v4.reflexive.iter().chain(&report.v6.reflexive).copied();
-        servers.chain(own).map(canonical).collect()
+        servers.chain(own).chain(self.mapper.announced()).map(canonical).collect()
     }
 
     /// Sends what is asked; a new report makes a new record.
@@ -70,6 +71,7 @@ impl Agent {
                 let (at, udp_blocked) = (&report.reflexive, report.udp_blocked);
                 tracing::debug!(family, ?at, ?mapping, ?filtering, udp_blocked, "how discovery servers see this node");
             }
+            self.tell_mapper_seen(now);
             self.work_out_at(now);
         }
     }

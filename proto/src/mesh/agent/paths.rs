@@ -27,6 +27,9 @@ use crate::wire::probe::{self, Probe};
 /// Paths of many peers change together: routes follow once for all of them.
 const MTU_SETTLE: Duration = Duration::from_millis(100);
 
+/// A budget that is spent is looked at again when this many are earned, unless something else happens before.
+const PROBES_A_WAKE: u32 = 4;
+
 /// Probes to and from all peers.
 #[derive(Debug)]
 pub(super) struct Probing {
@@ -143,7 +146,7 @@ impl Budget {
                 self.refilled = now;
             }
         }
-        (self.tokens == 0).then(|| self.refilled + PROBE_INTERVAL)
+        (self.tokens == 0).then(|| self.refilled + PROBE_INTERVAL * PROBES_A_WAKE)
     }
 
     fn take(&mut self) {

@@ -250,14 +250,15 @@ impl Agent {
         }
     }
 
-    /// Own addresses with the WireGuard port, and where servers see us.
+    /// Own addresses with the WireGuard port, where servers see us, and what the router leads here.
     pub(super) fn candidates(&self) -> Vec<Candidate> {
         let own: BTreeSet<IpAddr> = self.underlay().iter().flat_map(|link| &link.addresses).map(IpNet::addr).collect();
         let seen = Family::ALL.into_iter().flat_map(|family| self.seen_from_outside(family));
         let seen = seen.filter(|at| addr::is_routable(at.ip()) && !own.contains(&at.ip()));
         let host = self.host_addresses().map(|addr| SocketAddr::new(addr, self.settings.listen_port));
         // What opens a NAT comes first where there are too many.
-        let all = seen.map(|addr| Candidate { kind: CandidateKind::Reflexive, addr });
+        let mapped = self.mapper.announced().into_iter().map(|addr| Candidate { kind: CandidateKind::Mapped, addr });
+        let all = mapped.chain(seen.map(|addr| Candidate { kind: CandidateKind::Reflexive, addr }));
         let all = all.chain(host.map(|addr| Candidate { kind: CandidateKind::Host, addr }));
         let all = all.filter(|candidate| self.settings.endpoint_filter.passes(candidate.addr.ip()));
         let mut known = BTreeSet::new();
@@ -308,6 +309,12 @@ impl Nonces {
     /// What STUN transactions are drawn from.
     pub(super) fn stun_seed(&self) -> [u8; 32] {
         self.hash(b"meshspan/v1 stun seed", 0)
+    }
+
+    /// Jitter of the port mapping's own, so that it leaves that of others as it was.
+    pub(super) fn mapper_seed(&self) -> u64 {
+        let hash = self.hash(b"meshspan/v1 mapper jitter", 0);
+        u64::from_le_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]])
     }
 
     pub(super) fn next(&mut self) -> [u8; 24] {

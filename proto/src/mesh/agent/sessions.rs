@@ -30,6 +30,7 @@ impl Agent {
                 *facts =
                     ServerFacts { observed: Some(observed), addresses, stun_ports, stun_alt, ..ServerFacts::default() };
                 self.tell_net_servers(now);
+                self.tell_mapper_seen(now);
                 self.work_out_at(now);
             }
             ClientEvent::Frame(bytes) => self.handle_frame(server, bytes, now),

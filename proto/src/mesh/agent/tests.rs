@@ -32,6 +32,7 @@ fn settings(servers: usize) -> Settings {
         prefixes: BTreeSet::new(),
         advertise_node_addresses: true,
         endpoint_filter: EndpointFilter::default(),
+        port_mapping: true,
         static_peers: Vec::new(),
         deny_nodes: BTreeSet::new(),
         allow_down_peer_bypass: false,

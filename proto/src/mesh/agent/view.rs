@@ -15,6 +15,7 @@ use super::Agent;
 use crate::device::{Action, Endpoint};
 use crate::discovery::client::ClientState;
 use crate::mesh::peer::Verdict;
+use crate::net::port_mapping::MapperView;
 use crate::net::report::Report;
 use crate::path::agent::PathState;
 use crate::path::view::PathView;
@@ -37,6 +38,9 @@ pub struct View {
     pub servers: Vec<ServerView>,
     /// How servers see the WireGuard socket.
     pub net: Report,
+    /// What came of asking the router for a port.
+    pub port_mapping: MapperView,
+    pub port_mapping_counters: BTreeMap<String, u64>,
     /// STUN datagrams that answered nothing we had asked, or with an address that cannot be ours.
     pub stun_rejected: u64,
     pub peers: Vec<PeerView>,
@@ -97,6 +101,8 @@ impl Agent {
             published_seq: self.publisher.published_seq(),
             servers: self.server_views(now),
             net: self.net.report().clone(),
+            port_mapping: self.mapper.view(),
+            port_mapping_counters: self.mapper.counters().clone(),
             stun_rejected: self.net.rejected(),
             peers: self.member_views(now).chain(self.static_views()).collect(),
             failed_steps: self.failed.clone(),
