@@ -207,9 +207,9 @@ impl Peer {
         self.renew = false;
         self.written = Some(self.spec.clone());
         self.endpoint = Some(endpoint);
-        self.astray = None;
         if let Some(endpoint) = change.endpoint {
             self.state.endpoint = Some(endpoint);
+            self.astray = None;
         }
         (change != PeerChange::default()).then_some(change)
     }
