@@ -160,7 +160,7 @@ fn not_raw(error: io::Error) -> KernelError {
 }
 
 impl KernelDevice {
-    /// Makes the link and takes the port. A link that this node left when it was killed is deleted first.
+    /// Makes the link, which can have the port once it is up. A link that this node left when it was killed is deleted first.
     pub async fn open(name: &str, port: u16, secret: &WgSecret) -> Result<Self, KernelError> {
         let netlink =
             WgNetlink::open().map_err(|source| KernelError::Failed { what: "open generic netlink", source })?;
@@ -214,7 +214,7 @@ impl KernelDevice {
         let link = WireguardLink::create(name).await.map_err(|error| KernelError::of_link(name, error))?;
         let set = self.netlink.set_device(link.index(), &self.secret, self.port, FWMARK).await;
         set.map_err(|source| KernelError::Failed { what: "set key and port of the WireGuard link", source })?;
-        link.bring_up().await.map_err(|source| match source.raw_os_error() {
+        link.try_up().await.map_err(|source| match source.raw_os_error() {
             Some(libc::EADDRINUSE) => KernelError::PortInUse { port: self.port },
             _ => KernelError::Failed { what: "bring the WireGuard link up", source },
         })?;

@@ -19,9 +19,9 @@ use anyhow::{Result, ensure};
 use self::report::{CHECKS, Finding, Report};
 use crate::{Lab, binaries::Binaries, mesh::node::Node};
 
-/// The lines under `mesh:` that ask for the kernel's WireGuard.
-pub const KERNEL: &str = "backend: kernel";
-pub const USERSPACE: &str = "backend: userspace";
+/// What `mesh.backend` says for the kernel's WireGuard.
+pub const KERNEL: &str = "kernel";
+pub const USERSPACE: &str = "userspace";
 /// Kernel modules of the lab and of what it runs.
 pub const MODULES: &[&str] = &[
     "virtio_rng",

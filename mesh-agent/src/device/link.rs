@@ -180,17 +180,17 @@ pub(super) async fn delete(handle: &Handle, index: u32) -> io::Result<()> {
 }
 
 fn up(index: u32, mtu: u16) -> LinkMessage {
-    let mut message = up_alone(index);
+    let mut message = up_or_down(index, LinkFlags::Up);
     message.attributes.push(LinkAttribute::Mtu(mtu.into()));
     message.attributes.push(LinkAttribute::IfAlias(ALIAS.into()));
     message
 }
 
-/// Nothing but up.
-pub(super) fn up_alone(index: u32) -> LinkMessage {
+/// Nothing but up or down.
+pub(super) fn up_or_down(index: u32, flags: LinkFlags) -> LinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
-    message.header.flags = LinkFlags::Up;
+    message.header.flags = flags;
     message.header.change_mask = LinkFlags::Up;
     message
 }

@@ -8,7 +8,7 @@ use std::io;
 use mesh_common::key::WgPublicKey;
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::LinkMessage;
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::net::if_::if_nametoindex;
@@ -43,10 +43,13 @@ impl WireguardLink {
         self.index
     }
 
-    /// From then on the kernel listens on the device's port.
-    pub(crate) async fn bring_up(&self) -> io::Result<()> {
+    /// Brings it up and down again: the kernel takes the device's port only while it is up, and says then whether it can.
+    pub(crate) async fn try_up(&self) -> io::Result<()> {
         let netlink = Netlink::open()?;
-        accept(netlink.handle.link().change(link::up_alone(self.index)).execute().await, &[])
+        for flags in [LinkFlags::Up, LinkFlags::empty()] {
+            accept(netlink.handle.link().change(link::up_or_down(self.index, flags)).execute().await, &[])?;
+        }
+        Ok(())
     }
 }
 

@@ -52,7 +52,7 @@ pub(super) fn run(run: &mut Run, binaries: &Binaries) -> Result<()> {
     let options = MeshOptions {
         nodes: 3,
         pods_per_node: 1,
-        tweak: |_, config| config.more_mesh = vec![KERNEL.to_owned()],
+        tweak: |_, config| config.backend = KERNEL,
         ..MeshOptions::default()
     };
     let mut mesh = Mesh::build(binaries, &options)?;
@@ -156,11 +156,11 @@ fn backend_switch(mesh: &mut Mesh) -> Result<Finding> {
     let before = of(&mesh.nodes[0])?;
     let (pod, far) = (pod_of(mesh, 1)?, pod_of(mesh, 0)?);
     let mut gaps = Vec::new();
-    for (line, kind) in [(USERSPACE, "tun"), (KERNEL, WIREGUARD)] {
+    for (backend, kind) in [(USERSPACE, "tun"), (KERNEL, WIREGUARD)] {
         let stream = UdpStream::start(&pod.0, &far.0, far.1.into(), PER_SECOND, marker.bytes())?;
         wait::until_true("packets to flow", REPLY_WITHIN, || Ok(stream.sent() > u64::from(PER_SECOND)))?;
         let node = &mut mesh.nodes[0];
-        node.config.more_mesh = vec![line.to_owned()];
+        node.config.backend = backend;
         node.write_config()?;
         node.reload()?;
         let switched = wait::until_true(&format!("a link of kind {kind}"), SWITCHED_WITHIN, || {
@@ -171,7 +171,7 @@ fn backend_switch(mesh: &mut Mesh) -> Result<Finding> {
         let kept = wait::until_true("identity, peers and routes to be as before", SWITCHED_WITHIN, || {
             Ok(of(node).is_ok_and(|now| now == before))
         });
-        node.explain(kept).with_context(|| format!("with {line}: before {before:?}, now {:?}", of(node).ok()))?;
+        node.explain(kept).with_context(|| format!("with {backend}: before {before:?}, now {:?}", of(node).ok()))?;
         // As many again, to see that they arrive.
         let so_far = stream.sent();
         wait::until_true("packets to flow", REPLY_WITHIN, || Ok(stream.sent() > so_far + 2 * u64::from(PER_SECOND)))?;

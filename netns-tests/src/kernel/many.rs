@@ -32,7 +32,10 @@ pub(super) fn run(run: &mut Run, binaries: &Binaries) -> Result<()> {
     let options = MeshOptions {
         nodes: 1,
         pods_per_node: 0,
-        tweak: |_, config| config.more_mesh = lines(PEERS),
+        tweak: |_, config| {
+            config.backend = KERNEL;
+            config.more_mesh = lines(PEERS);
+        },
         ..MeshOptions::default()
     };
     let mut mesh = Mesh::build(binaries, &options)?;
@@ -42,7 +45,7 @@ pub(super) fn run(run: &mut Run, binaries: &Binaries) -> Result<()> {
 
 /// Static peers: all that the kernel is told comes from them alone, at once.
 fn lines(peers: u32) -> Vec<String> {
-    let mut lines = vec![KERNEL.to_owned(), "staticPeers:".to_owned()];
+    let mut lines = vec!["staticPeers:".to_owned()];
     for number in 0..peers {
         let mut key = [0x21; 32];
         key[..4].copy_from_slice(&number.to_be_bytes());

@@ -54,9 +54,9 @@ const HOME: Pair = Pair::Apart(Kind::EimApdf, Kind::EimApdf);
 pub(super) fn run(run: &mut Run, binaries: &Binaries) -> Result<()> {
     let options = BenchOptions { delay: Duration::from_millis(10), ..BenchOptions::default() };
     let mut bench = Bench::build(lab()?, binaries, &options)?;
-    let backends = |bench: &mut Bench, lines: [&str; 2]| -> Result<()> {
-        for (node, line) in bench.nodes.iter_mut().zip(lines) {
-            node.config.more_mesh = vec![line.to_owned()];
+    let backends = |bench: &mut Bench, names: [&'static str; 2]| -> Result<()> {
+        for (node, name) in bench.nodes.iter_mut().zip(names) {
+            node.config.backend = name;
             node.write_config()?;
         }
         Ok(())

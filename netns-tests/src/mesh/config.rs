@@ -28,6 +28,8 @@ pub struct NodeConfig {
     pub cluster_id: String,
     pub secret_file: PathBuf,
     pub discovery: Vec<ServerAddress>,
+    /// A process unless a check is about the kernel's WireGuard: the same on every machine, whatever its kernel has.
+    pub backend: &'static str,
     /// More lines under `mesh:`, without indentation, for example `mtu: 1380`.
     pub more_mesh: Vec<String>,
 }
@@ -46,6 +48,7 @@ impl NodeConfig {
             self.pod_cidrs.iter().for_each(|prefix| line(format!("    - \"{prefix}\"")));
         }
         self.more_mesh.iter().for_each(|more| line(format!("  {more}")));
+        line(format!("  backend: {}", self.backend));
         line(format!("cluster:\n  id: {}\n  secretFile: {}", self.cluster_id, self.secret_file.display()));
         if !self.discovery.is_empty() {
             line("discovery:".into());

@@ -114,6 +114,7 @@ impl Node {
             cluster_id: "demo".to_owned(),
             secret_file,
             discovery: Vec::new(),
+            backend: "userspace",
             more_mesh: Vec::new(),
         };
         Ok(Self {
