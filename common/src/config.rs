@@ -78,6 +78,8 @@ pub struct Mesh {
     pub interface_name: InterfaceName,
     /// WireGuard's UDP port. Default 51872.
     pub listen_port: u16,
+    /// What carries the packets. Default auto.
+    pub backend: BackendChoice,
     /// MTU of the interface, bytes, 1280 to 9000. Default 1420.
     pub mtu: u16,
     /// Pod networks behind this node. Default none.
@@ -120,6 +122,7 @@ impl Default for Mesh {
             host_name: None,
             interface_name: "mesh0".parse().expect("the default name is a valid one"),
             listen_port: LISTEN_PORT,
+            backend: BackendChoice::default(),
             mtu: LINK_MTU,
             pod_cidrs: Vec::new(),
             advertise_kubernetes_networks: true,
@@ -134,6 +137,30 @@ impl Default for Mesh {
             filters: Filters::default(),
             deny_nodes: BTreeSet::new(),
             proxy: None,
+        }
+    }
+}
+
+/// The key `mesh.backend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// The kernel's WireGuard where it can be used, else this process.
+    #[default]
+    Auto,
+    Kernel,
+    Userspace,
+}
+
+impl std::str::FromStr for BackendChoice {
+    type Err = ExpectedValue;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "kernel" => Ok(Self::Kernel),
+            "userspace" => Ok(Self::Userspace),
+            _ => Err(ExpectedValue("auto, kernel or userspace")),
         }
     }
 }

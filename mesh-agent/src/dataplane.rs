@@ -42,6 +42,7 @@ pub mod udp;
 pub use drops::EngineStats;
 pub use ecn::Ecn;
 pub use engine::{Clock, Engine};
+pub(crate) use extra::ExtraSockets;
 pub use io::{Arrival, DatagramSocket, MAX_BATCH, Outgoing, Packed, PacketDevice, Ready, Received, RunOf};
 pub use offloads::{DeviceOffloads, Offloads, SocketOffloads};
 pub use queues::ControlDatagram;

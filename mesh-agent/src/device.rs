@@ -1,7 +1,6 @@
 //! The host side of the mesh by rtnetlink: what stands there, and the steps towards what should.
 //!
-//! Owns the mesh link's settings (never its creation: the data plane opens the TUN and tells its index by
-//! [`HostDevice::set_link`]), route table 818, the rule at priority 1110, the nftables table `inet meshspan` and the
+//! Owns the mesh link's settings (its creation is the backend's, which tells its index by [`HostDevice::set_link`]), route table 818, the rule at priority 1110, the nftables table `inet meshspan` and the
 //! reverse path filters it loosened.
 //! Refuses to touch anything else: a link of our name that is not ours is an error that names it, other tables and
 //! rules are never read for removal. Peers belong to the data plane.
@@ -17,6 +16,7 @@ mod routes;
 mod rp_filter;
 mod rules;
 mod watch;
+mod wireguard;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -29,6 +29,8 @@ use tokio::task::AbortHandle;
 
 pub use self::cleanup::{CleanupReport, cleanup, is_marked, mark, unmark};
 pub use self::watch::HostWatch;
+
+pub(crate) use self::wireguard::{WireguardLink, remove_leftover};
 
 pub(crate) use self::nft::is_unsupported as has_no_nftables;
 pub(crate) use self::rp_filter::sysctl as rp_filter_sysctl;
@@ -113,7 +115,7 @@ impl ApplyError {
 pub struct HostDevice {
     netlink: Netlink,
     link_name: String,
-    /// Index of the TUN the data plane holds open.
+    /// Index of the link that the backend made.
     link: Option<u32>,
     listen_port: u16,
     loosened: Loosened,
@@ -136,8 +138,8 @@ impl HostDevice {
         })
     }
 
-    /// Tells which link of our name is ours: the index of the TUN that the data plane opened, `None` once it is closed.
-    /// `listen_port` is the UDP port of its engine, reported back by [`Self::observe`].
+    /// Tells which link of our name is ours: the index of the one that the backend made, `None` once that is gone.
+    /// `listen_port` is its UDP port, reported back by [`Self::observe`].
     pub fn set_link(&mut self, index: Option<u32>, listen_port: u16) {
         self.link = index;
         self.listen_port = listen_port;

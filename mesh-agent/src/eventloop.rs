@@ -7,12 +7,11 @@
 use std::fmt;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use ipnet::{IpNet, Ipv6Net};
-use mesh_common::config::Config;
+use mesh_common::config::{BackendChoice, Config};
 use mesh_common::host_name::HostName;
 use mesh_common::id::ServerId;
 use mesh_common::key::ClusterSecret;
@@ -20,14 +19,15 @@ use mesh_common::limits::FWMARK;
 use mesh_common::time::Instant;
 use mesh_proto::device::{Action, Endpoint, Link, Observed};
 use mesh_proto::mesh::agent::{Agent, AgentEvent, Announced, OwnClaim, Start, StepError};
+use mesh_proto::mesh::settings::Settings;
 use mesh_proto::path::agent::PathPolicy;
 use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 use zeroize::Zeroizing;
 
 use crate::api::ApiRequest;
+use crate::backend::{Backend, Place};
 use crate::clock;
-use crate::dataplane::udp::BindError;
-use crate::dataplane::{BoringTunnels, Engine, Tun, UdpSockets};
+use crate::dataplane::UdpSockets;
 use crate::device::{ApplyError, HostDevice, HostWatch, ObserveError};
 use crate::io::carriers::{CarrierEvent, Carriers};
 use crate::io::port_mapping::PortMapping;
@@ -74,7 +74,7 @@ pub struct Node<'a> {
     /// The configured one, or the one that this node moved to.
     listen_port: u16,
     agent: Agent,
-    engine: Engine<BoringTunnels, Tun, UdpSockets>,
+    backend: Backend,
     host: HostDevice,
     watch: HostWatch,
     carriers: Carriers,
@@ -91,7 +91,7 @@ pub struct Node<'a> {
     leaving: Option<Leaving>,
     inquiries: Inquiries,
     ready: bool,
-    /// The data plane lost its TUN and has no other yet.
+    /// The backend lost its link and has no other yet.
     link_lost: bool,
     store_failed: bool,
     host_problem: Option<String>,
@@ -135,10 +135,9 @@ impl<'a> Node<'a> {
         let mut settings = node_settings::load(&config).await?;
         let host_name = settings.host_name.clone();
         let secret = secrets::cluster_secret(&config.cluster.secret)?;
-        let sockets = bind(state.moved_port(settings.listen_port), &mut settings.listen_port)?;
         let mut host = HostDevice::new(&settings.link_name, state.dir())?;
-        let tun = Tun::create(&settings.link_name)?;
-        host.set_link(Some(tun.index()), settings.listen_port);
+        let backend = open_backend(config.mesh.backend, &mut settings, state).await?;
+        host.set_link(backend.index(), settings.listen_port);
         let watch = HostWatch::start().context("cannot watch the host's network by netlink")?;
         let carriers = Carriers::new(Dialer::new().context("cannot open sockets for discovery servers")?);
         let mut seed = Zeroizing::new([0; 32]);
@@ -160,10 +159,9 @@ impl<'a> Node<'a> {
             marks: state.load_marks()?,
             frames: state.load_frames()?,
         };
-        let engine = Engine::start(Some(tun), sockets, BoringTunnels::new(state.wg()), Arc::new(clock::now))
-            .context("cannot start the data plane")?;
         let listen_port = settings.listen_port;
-        let agent = Agent::new(settings, start, clock::now());
+        let mut agent = Agent::new(settings, start, clock::now());
+        agent.handle_device(backend.kind().capabilities(), clock::now());
         if let Err(error) = device::mark(state.dir()) {
             tracing::warn!(
                 "{} cannot be written ({error}): a start with mesh.enabled: false will not remove what this run leaves",
@@ -175,6 +173,7 @@ impl<'a> Node<'a> {
             overlay_v6 = %agent.overlay_v6(),
             interface = %config.mesh.interface_name.as_str(),
             port = listen_port,
+            backend = backend.kind().name(),
             cached_members = agent.members().iter().count(),
             "mesh is on"
         );
@@ -185,7 +184,7 @@ impl<'a> Node<'a> {
             config,
             secret,
             agent,
-            engine,
+            backend,
             host,
             watch,
             carriers,
@@ -224,7 +223,7 @@ impl<'a> Node<'a> {
                 }
                 None => {}
             }
-            if !self.engine.is_running() {
+            if !self.backend.is_running() {
                 bail!("a thread of the data plane died, which is a bug: the log above says where");
             }
             let (wake_at, _why) = self.next_wake();
@@ -245,10 +244,10 @@ impl<'a> Node<'a> {
                     }
                 }
                 (request, outcome) = self.ports.next() => self.agent.handle_mapping(request, outcome, clock::now()),
-                () = self.engine.wait() => self.report_peers(),
+                () = self.backend.wait() => self.report_peers().await,
                 _ = tunnels.tick() => {
-                    self.engine.handle_timeout(clock::now());
-                    self.report_peers();
+                    self.backend.handle_timeout(clock::now());
+                    self.report_peers().await;
                 }
                 () = self.watch.changed() => {
                     let at = (clock::now() + HOST_SETTLE).max(self.looked_at + HOST_PAUSE);
@@ -307,9 +306,9 @@ impl<'a> Node<'a> {
         None
     }
 
-    /// The link was deleted and the host does not know yet that its TUN is dead.
+    /// The link was deleted and the host does not know yet.
     fn is_link_newly_lost(&mut self) -> bool {
-        self.engine.link_lost() && !std::mem::replace(&mut self.link_lost, true)
+        self.backend.link_lost() && !std::mem::replace(&mut self.link_lost, true)
     }
 
     async fn carry_out(&mut self, event: AgentEvent) {
@@ -332,22 +331,22 @@ impl<'a> Node<'a> {
             AgentEvent::StoreMembers => {
                 self.store_at.get_or_insert_with(|| clock::now() + STORE_PAUSE);
             }
-            AgentEvent::SetRoute(peer, route) => self.engine.set_route(&peer, &route),
-            AgentEvent::SendRaw { to, bytes, ttl } => self.engine.send_raw(to.into(), &bytes, ttl),
+            AgentEvent::SetRoute(peer, route) => self.backend.set_route(&peer, &route),
+            AgentEvent::SendRaw { to, bytes, ttl } => self.backend.send_raw(to.into(), &bytes, ttl),
             AgentEvent::SendFrom { socket, to, bytes, ttl } => {
-                self.engine.send_raw(Endpoint::Extra(socket, to), &bytes, ttl);
+                self.backend.send_raw(Endpoint::Extra(socket, to), &bytes, ttl);
             }
             AgentEvent::OpenSockets { peer, family, count } => {
-                let opened = self.engine.open_extra(family, count);
+                let opened = self.backend.open_extra(&peer, family, count);
                 self.agent.handle_sockets(&peer, &opened, clock::now());
             }
             AgentEvent::MapPort(request) => self.ports.start(request),
-            AgentEvent::CloseSockets(closed) => self.engine.close_extra(&closed),
+            AgentEvent::CloseSockets(closed) => self.backend.close_extra(&closed),
             AgentEvent::SendRelay { server, message } => self.carriers.send_relay(server, message),
-            AgentEvent::Relayed { server, peer, datagram } => self.engine.handle_relayed(&peer, server, &datagram),
+            AgentEvent::Relayed { server, peer, datagram } => self.backend.handle_relayed(&peer, server, &datagram),
             AgentEvent::Echoed { echo, from, rtt } => self.end_ping(echo, from, rtt),
             AgentEvent::StartHandshake(peer) => {
-                if !self.engine.start_handshake(&peer) {
+                if !self.backend.start_handshake(&peer) {
                     tracing::debug!(%peer, "no endpoint to start a handshake with");
                 }
             }
@@ -382,8 +381,8 @@ impl<'a> Node<'a> {
         let first = steps.first().cloned();
         for step in steps {
             if !matches!(step, Action::SetPeer(..) | Action::RemovePeer(_)) {
-                // Many peers are one snapshot for the data threads; before a packet can be routed to them.
-                self.engine.publish();
+                // Many peers are put into force at once, and before a packet can be routed to them.
+                self.backend.publish().await;
             }
             if let Err(error) = self.apply_step(&step).await {
                 let not_permitted = matches!(error.downcast_ref(), Some(ApplyError::NotPermitted { .. }));
@@ -406,20 +405,20 @@ impl<'a> Node<'a> {
             Action::CreateLink(link) => self.create_link(link).await?,
             Action::UpdateLink(link) => self.host.configure_link(link).await?,
             Action::SetPeer(key, spec) => {
-                self.engine.set_peer(*key, spec.clone());
+                self.backend.set_peer(*key, spec.clone());
                 if let Some(route) = self.agent.route_of(key) {
-                    self.engine.set_route(key, route);
+                    self.backend.set_route(key, route);
                 }
             }
-            Action::RemovePeer(key) => self.engine.remove_peer(key),
+            Action::RemovePeer(key) => self.backend.remove_peer(key),
             _ => self.host.apply(step).await?,
         }
         Ok(())
     }
 
-    /// The TUN that was opened at the start is used first; one that was deleted is opened anew.
+    /// The link that was made at the start is used first; one that was deleted is made anew.
     async fn create_link(&mut self, link: &Link) -> anyhow::Result<()> {
-        if !self.engine.link_lost() {
+        if !self.backend.link_lost() {
             match self.host.configure_link(link).await {
                 Err(error) if error.is_missing_link() => {}
                 other => {
@@ -429,9 +428,8 @@ impl<'a> Node<'a> {
                 }
             }
         }
-        let tun = Tun::create(&link.name)?;
-        self.host.set_link(Some(tun.index()), link.listen_port);
-        self.engine.replace_tun(tun);
+        self.backend.make_link(&link.name).await?;
+        self.host.set_link(self.backend.index(), link.listen_port);
         self.link_lost = false;
         self.host.configure_link(link).await?;
         self.serve_speedtests();
@@ -454,10 +452,11 @@ impl<'a> Node<'a> {
 
     async fn observe(&mut self) -> Option<Observed> {
         self.looked_at = clock::now();
+        self.backend.publish().await;
         match self.host.observe().await {
             Ok(observed) => {
                 self.host_problem = None;
-                Some(Observed { peers: self.engine.peers(), ..observed })
+                Some(Observed { peers: self.backend.peers(), ..observed })
             }
             Err(error) => {
                 let text = error.to_string();
@@ -473,15 +472,18 @@ impl<'a> Node<'a> {
         }
     }
 
-    fn report_peers(&mut self) {
+    async fn report_peers(&mut self) {
         let now = clock::now();
-        for (peer, report) in self.engine.handle_control(now) {
+        for (peer, report) in self.backend.handle_control(now).await {
             self.agent.handle_peer_report(&peer, &report, now);
         }
-        for datagram in self.engine.take_control() {
+        if self.backend.take_changed() {
+            self.observe_at = Some(now);
+        }
+        for datagram in self.backend.take_control() {
             self.agent.handle_datagram(datagram.source, &datagram.bytes, now);
         }
-        for (peer, server, datagram) in self.engine.take_relayed() {
+        for (peer, server, datagram) in self.backend.take_relayed() {
             if let Some(message) = self.agent.relay(server, &peer, &datagram, now) {
                 self.carriers.send_relay(server, message);
             }
@@ -527,7 +529,6 @@ impl<'a> Node<'a> {
                 self.store_for_the_next_start();
                 self.give_port_back().await;
                 self.keep_only_the_floor().await;
-                self.engine.stop();
                 return Ok(Some(Ended::Terminated));
             }
             Wish::Reload { config, answer } => return Ok(self.reload(config, answer).await),
@@ -553,7 +554,7 @@ impl<'a> Node<'a> {
         Ok(None)
     }
 
-    /// Takes a new configuration. What cannot change in place (cluster, interface, port) takes the node down and up again.
+    /// Takes a new configuration. What cannot change in place (cluster, interface, port, backend) takes the node down and up again.
     async fn reload(&mut self, config: Box<Config>, answer: Option<Answer>) -> Option<Ended> {
         if let Some(leaving) = &mut self.leaving {
             // The newest configuration is the one to go on with, on or off.
@@ -574,14 +575,21 @@ impl<'a> Node<'a> {
                 tracing::info!("the new configuration is of another cluster: leaving this one");
                 self.start_leaving(config, answer);
             }
-            (Ok(_), Ok(_)) if self.needs_restart(&config) => {
-                tracing::info!(
-                    "the new configuration changes interface or port: starting anew; routes fail closed meanwhile"
-                );
-                self.give_port_back().await;
-                return Some(self.start_anew(config, answer.into_iter().collect()));
-            }
             (Ok(mut settings), Ok(_)) => {
+                match self.needs_restart(&config).await {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        tracing::info!(
+                            "the new configuration changes interface, port or backend: starting anew; routes fail closed meanwhile"
+                        );
+                        self.give_port_back().await;
+                        return Some(self.start_anew(config, answer.into_iter().collect()));
+                    }
+                    Err(error) => {
+                        respond(answer, Err(format!("{error:#}")));
+                        return None;
+                    }
+                }
                 settings.listen_port = self.listen_port;
                 self.set_servers(node_settings::servers(&config));
                 self.host_name = settings.host_name.clone();
@@ -602,13 +610,14 @@ impl<'a> Node<'a> {
     /// Ends this run of the node for one with other sockets or another link.
     fn start_anew(&mut self, config: Box<Config>, waiting: Vec<Answer>) -> Ended {
         self.store_for_the_next_start();
-        self.engine.stop();
         Ended::Left(Departure { config, waiting, is_clean: false })
     }
 
-    fn needs_restart(&self, config: &Config) -> bool {
+    /// Fails where a start with this configuration would.
+    async fn needs_restart(&mut self, config: &Config) -> anyhow::Result<bool> {
         let (now, new) = (&self.config.mesh, &config.mesh);
-        now.interface_name != new.interface_name || now.listen_port != new.listen_port
+        let is_backend_another = now.backend != new.backend && self.backend.needs_restart(new.backend).await?;
+        Ok(is_backend_another || now.interface_name != new.interface_name || now.listen_port != new.listen_port)
     }
 
     /// A session whose server is expected to hold another key from now on ends at once.
@@ -666,7 +675,6 @@ impl<'a> Node<'a> {
 
     /// The threads and sockets go; whoever waits is told what came of it, or once the next configuration is in force.
     fn leave(mut self, is_clean: bool) -> Ended {
-        self.engine.stop();
         if let Err(error) = self.state.store_frames(&[]) {
             tracing::warn!("{error}");
         }
@@ -695,10 +703,12 @@ impl<'a> Node<'a> {
             config: &self.config,
             view: &view,
             carriers: &self.carriers,
-            counters: &|key| self.engine.counters(key),
-            engine: &self.engine.stats(),
-            offloads: self.engine.offloads(),
+            counters: &|key| self.backend.counters(key),
+            engine: &self.backend.stats(),
+            offloads: self.backend.offloads(),
             started_at_ms: self.started_at_ms,
+            backend: &self.backend.status(),
+            backend_problem: self.backend.refused(),
             is_ready: self.ready,
             host_problem: self.host_problem.as_deref(),
             host_name: self.host_name.as_str(),
@@ -713,17 +723,18 @@ fn overlay_v6_net(own: Ipv6Addr) -> Ipv6Net {
     Ipv6Net::new(own, 64).expect("64 is a prefix length").trunc()
 }
 
-/// Binds the port that the node moved to, or else the configured one; `port` is then what it is.
-fn bind(moved: Option<u16>, port: &mut u16) -> Result<UdpSockets, BindError> {
-    let Some(moved) = moved else { return UdpSockets::bind(*port, FWMARK) };
-    match UdpSockets::bind(moved, FWMARK) {
-        Ok(sockets) => {
-            *port = moved;
-            Ok(sockets)
+/// Opens what carries the packets, on the port that the node moved to or else on the configured one; `settings` then has it.
+async fn open_backend(choice: BackendChoice, settings: &mut Settings, state: &State) -> anyhow::Result<Backend> {
+    let place = Place { link_name: &settings.link_name, listen_port: settings.listen_port, secret: state.wg() };
+    let Some(moved) = state.moved_port(settings.listen_port) else { return Backend::open(choice, &place).await };
+    match Backend::open(choice, &Place { listen_port: moved, ..place }).await {
+        Ok(backend) => {
+            settings.listen_port = moved;
+            Ok(backend)
         }
         Err(error) => {
-            tracing::warn!("{error}; trying the configured port {port}");
-            UdpSockets::bind(*port, FWMARK)
+            tracing::warn!("{error:#}; trying the configured port {}", place.listen_port);
+            Backend::open(choice, &place).await
         }
     }
 }

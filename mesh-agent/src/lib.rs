@@ -3,6 +3,7 @@
 //! A library so that `bench` and the tests of other crates can drive its parts; the binary only calls it.
 
 pub mod api;
+pub mod backend;
 pub mod cli;
 pub mod clock;
 pub mod daemon;
@@ -13,6 +14,7 @@ pub mod durable;
 pub mod eventloop;
 pub mod http;
 pub mod io;
+pub mod kernel;
 pub mod logging;
 pub mod node_settings;
 pub mod secrets;

@@ -15,11 +15,9 @@ pub fn init(format: LogFormat) -> Result<(), TryInitError> {
         .with_default_directive(LevelFilter::INFO.into())
         .with_env_var("MESHSPAN_LOG")
         .from_env_lossy();
-    // Below info the netlink crates print whole messages, and those hold keys.
-    let harmless = filter_fn(|event| *event.level() <= tracing::Level::INFO || !is_netlink(event.target()));
     // boringtun warns of what is normal here: a peer that is off, a handshake that crossed ours.
     let wanted = wanted.add_directive("boringtun=off".parse().expect("the directive is valid"));
-    let filter = wanted.and(harmless);
+    let filter = wanted.and(filter_fn(|event| is_harmless(event.target(), *event.level())));
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let layer = match format {
         LogFormat::Json => layer.json().flatten_event(true).boxed(),
@@ -29,8 +27,13 @@ pub fn init(format: LogFormat) -> Result<(), TryInitError> {
     registry().with(layer.with_filter(filter)).try_init()
 }
 
-fn is_netlink(target: &str) -> bool {
-    target.starts_with("netlink_") || target.starts_with("rtnetlink")
+/// Keys stand in netlink messages. The crates that carry them print whole ones below info, and the bytes of one that they
+/// cannot read as an error: of those nothing is shown, whatever the user asks for.
+fn is_harmless(target: &str, level: tracing::Level) -> bool {
+    let is_of = |name: &str| target.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
+    let carries_keys = is_of("netlink_proto") || is_of("genetlink") || target.starts_with("netlink_packet_");
+    let is_netlink = target.starts_with("netlink_") || is_of("rtnetlink");
+    !carries_keys && (!is_netlink || level <= tracing::Level::INFO)
 }
 
 /// Whether standard error is the journal: systemd names its device and inode.
@@ -39,4 +42,49 @@ fn is_journal() -> bool {
     let stderr = std::io::stderr();
     !stderr.is_terminal()
         && nix::sys::stat::fstat(stderr.as_fd()).is_ok_and(|stat| stream == *format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::io::{self, Write};
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Shown(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Shown {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_carries_keys_is_silent_whatever_the_user_asks_for() {
+        let shown = Shown::default();
+        let writer = shown.clone();
+        let wanted = EnvFilter::new("trace,netlink_proto=trace,genetlink=trace,netlink_packet_wireguard=trace");
+        let filter = wanted.and(filter_fn(|event| is_harmless(event.target(), *event.level())));
+        let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
+        tracing::subscriber::with_default(registry().with(layer.with_filter(filter)), || {
+            tracing::trace!(target: "netlink_proto::codecs", ">>> PrivateKey(canary)");
+            tracing::error!(target: "netlink_proto::codecs", "failed to decode packet canary");
+            tracing::warn!(target: "netlink_proto", "canary");
+            tracing::error!(target: "genetlink::connection", "canary");
+            tracing::error!(target: "netlink_packet_wireguard::attribute", "canary");
+            tracing::debug!(target: "netlink_sys", "canary");
+            tracing::debug!(target: "rtnetlink", "canary");
+            tracing::info!(target: "rtnetlink", "a link is up");
+            tracing::trace!(target: "mesh_agent::kernel", "all else is shown");
+        });
+        let text = String::from_utf8(shown.0.lock().unwrap().clone()).unwrap();
+        assert!(!text.contains("canary"), "{text}");
+        assert!(text.contains("a link is up") && text.contains("all else is shown"), "{text}");
+    }
 }

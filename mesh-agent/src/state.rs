@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use ipnet::IpNet;
 use mesh_common::id::NodeId;
-use mesh_common::key::{SignKey, WgSecret};
+use mesh_common::key::{SignKey, WgPublicKey, WgSecret};
 use serde::{Deserialize, Serialize};
 
 use crate::durable;
@@ -252,6 +252,11 @@ fn prepare_directory(dir: &Path) -> Result<(), StateError> {
         fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(failed)?;
     }
     Ok(())
+}
+
+/// The public WireGuard key of the node of this directory; `None` where no node ever ran or its keys cannot be read.
+pub fn wg_public(dir: &Path) -> Option<WgPublicKey> {
+    load_identity(dir).ok().flatten().map(|(_, wg)| wg.public())
 }
 
 /// Keeps other agents out of the directory for as long as the file is open.

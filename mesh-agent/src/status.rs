@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use self::net::NetStatus;
 use self::offload::OffloadStatus;
 use self::path::{NatStatus, PathStatus};
+use crate::backend::BackendKind;
 
 pub mod fill;
 mod names;
@@ -66,12 +67,22 @@ pub struct NodeStatus {
     pub started_at_ms: u64,
     /// What keeps the node from being all right; empty when `state` is `running` or `disabled`.
     pub problems: Vec<Problem>,
+    /// What carries the packets; `None` while the mesh is off.
+    #[serde(default)]
+    pub backend: Option<BackendStatus>,
     /// How servers see this node from outside.
     #[serde(default)]
     pub net: NetStatus,
     /// `None` while the mesh is off.
     #[serde(default)]
     pub offloads: Option<OffloadStatus>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendStatus {
+    pub kind: BackendKind,
+    /// Why it is not the kernel's, where that was to be tried.
+    pub why_not_kernel: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

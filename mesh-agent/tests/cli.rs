@@ -224,6 +224,7 @@ fn status(state: NodeState) -> Status {
             version: "0.1.0".to_owned(),
             started_at_ms: 0,
             problems: Vec::new(),
+            backend: None,
             offloads: None,
             net: NetStatus::default(),
         },

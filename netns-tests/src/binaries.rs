@@ -107,7 +107,7 @@ fn executable(messages: &[u8], name: &str) -> Result<PathBuf> {
 }
 
 /// The target directory that this program was built into: `TARGET/PROFILE/demo` or `TARGET/PROFILE/deps/lab-…`.
-fn own_target_dir() -> Option<PathBuf> {
+pub(crate) fn own_target_dir() -> Option<PathBuf> {
     let program = std::env::current_exe().ok()?;
     let mut profile = program.parent()?;
     if profile.ends_with("deps") {

@@ -5,7 +5,8 @@
 //! run creates and removes it, [`host`] is one namespace, [`link`] wires hosts together, [`process`] runs programs in
 //! them, [`traffic`], [`capture`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes on sites,
 //! [`checks`] says what they must do, and [`demo`] is the newcomer's tour. [`nat`] puts routers with NAT and bad wires
-//! ([`impair`]) in between: [`matrix`] connects every kind with every other, [`roaming`] breaks what is connected.
+//! ([`impair`]) in between: [`matrix`] connects every kind with every other, [`roaming`] breaks what is connected. [`vm`]
+//! boots a machine whose kernel has WireGuard, and [`kernel`] is what agents that use it must do there.
 //!
 //! Refuses to know the inside of the programs under test: it drives them through their command lines, their config
 //! files and packets. It runs no network tool (`ip`, `nft`, `wg`, `tcpdump`).
@@ -14,10 +15,12 @@ pub mod binaries;
 pub mod capture;
 pub mod checks;
 pub mod demo;
+pub mod ethtool;
 pub mod gateway;
 pub mod host;
 pub mod impair;
 pub mod isolation;
+pub mod kernel;
 pub mod lab;
 pub mod link;
 pub mod matrix;
@@ -31,6 +34,7 @@ pub mod proxy;
 pub mod roaming;
 pub mod snapshot;
 pub mod traffic;
+pub mod vm;
 pub mod wait;
 pub mod wireguard;
 

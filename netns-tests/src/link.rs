@@ -21,7 +21,7 @@ use netlink_packet_route::{
 };
 use rtnetlink::{Handle, IpVersion, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
-use crate::host::Host;
+use crate::{ethtool, host::Host};
 
 pub const MAIN_TABLE: u32 = 254;
 
@@ -49,6 +49,12 @@ pub fn connect(a: &Host, a_link: &str, b: &Host, b_link: &str) -> Result<()> {
         LinkMessageBuilder::<LinkVeth>::new(a_link, b_link).set_info_data(InfoData::Veth(InfoVeth::Peer(peer))).build();
     a.netlink(|handle| async move { Ok(handle.link().add(pair).execute().await?) })
         .with_context(|| format!("cannot join {}:{a_link} and {}:{b_link}", a.name(), b.name()))?;
+    if !ethtool::shows_udp_super_packets() {
+        // Or they would be lost on wires and in captures.
+        let cut = [("tx-udp-segmentation", false)];
+        ethtool::set_features(a, a_link, &cut)?;
+        ethtool::set_features(b, b_link, &cut)?;
+    }
     a.set_up(a_link, true)?;
     b.set_up(b_link, true)
 }

@@ -216,6 +216,20 @@ impl fmt::Display for Endpoint {
     }
 }
 
+/// What a device can do with the datagrams of one peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Sends one datagram to several endpoints: data twice, an initiation to a whole fan-out. A device that cannot is given
+    /// routes with a primary and nothing else.
+    pub several_endpoints: bool,
+}
+
+impl Capabilities {
+    pub const USERSPACE: Self = Self { several_endpoints: true };
+    /// The kernel sends to the one endpoint that it was given or that it roamed to.
+    pub const KERNEL: Self = Self { several_endpoints: false };
+}
+
 /// Where the packets of a peer go.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PeerRoute {

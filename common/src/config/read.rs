@@ -11,8 +11,8 @@ use super::scalar::{Reader, Section, Setting};
 use super::tree::{Node, Value, parse as parse_tree};
 use super::values::{ExpectedValue, parse_keepalive};
 use super::{
-    AgentSettings, ClusterId, Config, DiscoveryServer, EndpointFilter, FilterEntry, InterfaceName, LogFormat, Mesh,
-    ProxyUrl, SecretSource, StaticPeer,
+    AgentSettings, BackendChoice, ClusterId, Config, DiscoveryServer, EndpointFilter, FilterEntry, InterfaceName,
+    LogFormat, Mesh, ProxyUrl, SecretSource, StaticPeer,
 };
 use crate::addr::check_prefix;
 use crate::host_name::HostName;
@@ -26,6 +26,7 @@ const MESH: &[&str] = &[
     "hostName",
     "interfaceName",
     "listenPort",
+    "backend",
     "mtu",
     "podCIDRs",
     "advertiseKubernetesNetworks",
@@ -69,6 +70,7 @@ struct Draft {
     host_name: Option<Setting<HostName>>,
     interface_name: Option<Setting<InterfaceName>>,
     listen_port: Option<Setting<u16>>,
+    backend: Option<Setting<BackendChoice>>,
     mtu: Option<Setting<u16>>,
     pod_cidrs: Option<Setting<Vec<IpNet>>>,
     advertise_kubernetes_networks: Option<Setting<bool>>,
@@ -165,6 +167,7 @@ impl Draft {
         set(reader, |r| r.text(mesh, "hostName", host_name), &mut self.host_name);
         set(reader, |r| r.text(mesh, "interfaceName", str::parse::<InterfaceName>), &mut self.interface_name);
         set(reader, |r| r.integer(mesh, "listenPort", 1..=u16::MAX), &mut self.listen_port);
+        set(reader, |r| r.text(mesh, "backend", str::parse::<BackendChoice>), &mut self.backend);
         for (key, slot) in [("podCIDRs", &mut self.pod_cidrs), ("extraPrefixes", &mut self.extra_prefixes)] {
             set(reader, |r| r.list(mesh, key, parse_prefix), slot);
             if let Some(setting) = slot {
@@ -250,6 +253,7 @@ impl Draft {
             host_name: self.host_name.map(value),
             interface_name: self.interface_name.map_or(defaults.interface_name, value),
             listen_port: self.listen_port.map_or(defaults.listen_port, value),
+            backend: self.backend.map_or(defaults.backend, value),
             mtu: self.mtu.map_or(defaults.mtu, value),
             advertise_kubernetes_networks: self
                 .advertise_kubernetes_networks

@@ -17,6 +17,7 @@ fn the_minimal_configuration_gets_every_default() {
     let config = Config::parse(&minimal()).unwrap();
     assert_eq!(config.mesh, Mesh { enabled: true, ..Mesh::default() });
     assert_eq!((config.mesh.listen_port, config.mesh.mtu), (51872, 1420));
+    assert_eq!(config.mesh.backend, BackendChoice::Auto);
     assert_eq!(config.mesh.interface_name.as_str(), "mesh0");
     assert_eq!(config.cluster.secret, SecretSource::File(DEFAULT_SECRET_FILE.into()));
     assert_eq!(config.discovery[0].endpoint.authority().to_string(), "disc.example:7443");
@@ -36,6 +37,7 @@ mesh:
   hostName: node-1
   interfaceName: wg-mesh
   listenPort: 51900
+  backend: userspace
   mtu: 1280
   podCIDRs: [10.244.1.0/24, "fd00:1::/64"]
   advertiseKubernetesNetworks: true
@@ -129,6 +131,10 @@ fn each_mistake_gets_its_message() {
         (mesh("  enabled:"), "line 2, column 10: `mesh.enabled` is empty, write true or false"),
         (mesh("  mtu: 100"), "line 2, column 8: `mesh.mtu` is 100, write a number from 1280 to 9000"),
         (mesh("  listenPort: 0"), "line 2, column 15: `mesh.listenPort` is 0, write a number from 1 to 65535"),
+        (
+            mesh("  backend: fast"),
+            "line 2, column 12: `mesh.backend` is \"fast\", it must be auto, kernel or userspace",
+        ),
         (mesh("  listenPort: 5 1"), "line 2, column 15: `mesh.listenPort` is \"5 1\", write a number from 1 to 65535"),
         (
             mesh("  hostName: Node.1"),

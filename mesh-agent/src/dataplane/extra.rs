@@ -22,7 +22,7 @@ use super::mmsg::BatchSocket;
 const MAX_READY: usize = 32;
 
 #[derive(Debug)]
-pub(super) struct ExtraSockets {
+pub(crate) struct ExtraSockets {
     epoll: Epoll,
     open: ArcSwap<BTreeMap<SocketId, Arc<BatchSocket>>>,
     last: AtomicU16,
@@ -31,22 +31,22 @@ pub(super) struct ExtraSockets {
 
 impl ExtraSockets {
     /// Sockets will carry this firewall mark.
-    pub(super) fn new(mark: u32) -> io::Result<Self> {
+    pub(crate) fn new(mark: u32) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         Ok(Self { epoll, open: ArcSwap::default(), last: AtomicU16::new(0), mark })
     }
 
     /// Readable when one of the sockets is.
-    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.epoll.0.as_fd()
     }
 
-    pub(super) fn load(&self) -> Guard<Arc<BTreeMap<SocketId, Arc<BatchSocket>>>> {
+    pub(crate) fn load(&self) -> Guard<Arc<BTreeMap<SocketId, Arc<BatchSocket>>>> {
         self.open.load()
     }
 
     /// Opens as many as it can: fewer than `count` where descriptors or memory run out. Only for the control thread.
-    pub(super) fn open(&self, family: Family, count: u16) -> Vec<SocketId> {
+    pub(crate) fn open(&self, family: Family, count: u16) -> Vec<SocketId> {
         let mut all = BTreeMap::clone(&self.open.load());
         let mut opened = Vec::with_capacity(usize::from(count));
         for _ in 0..count {
@@ -72,7 +72,7 @@ impl ExtraSockets {
     }
 
     /// Only for the control thread.
-    pub(super) fn close(&self, closed: &[SocketId]) {
+    pub(crate) fn close(&self, closed: &[SocketId]) {
         let mut all = BTreeMap::clone(&self.open.load());
         for id in closed {
             if let Some(socket) = all.remove(id) {
@@ -84,7 +84,7 @@ impl ExtraSockets {
     }
 
     /// Sockets with something to receive.
-    pub(super) fn ready(&self) -> impl Iterator<Item = (SocketId, Arc<BatchSocket>)> {
+    pub(crate) fn ready(&self) -> impl Iterator<Item = (SocketId, Arc<BatchSocket>)> {
         let mut events = [EpollEvent::empty(); MAX_READY];
         let open = self.open.load();
         let count =

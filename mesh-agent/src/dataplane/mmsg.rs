@@ -25,7 +25,7 @@ use super::io::{Arrival, MAX_BATCH, Ready, Received, RunOf};
 
 /// A socket that sends and receives whole batches.
 #[derive(Debug)]
-pub(super) struct BatchSocket {
+pub(crate) struct BatchSocket {
     socket: Socket,
     is_v4: bool,
     segmentation: AtomicBool,
@@ -55,7 +55,7 @@ impl BatchSocket {
         Self { socket, is_v4, segmentation: AtomicBool::new(segmentation), has_gro }
     }
 
-    pub(super) fn socket(&self) -> &Socket {
+    pub(crate) fn socket(&self) -> &Socket {
         &self.socket
     }
 

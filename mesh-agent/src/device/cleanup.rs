@@ -2,7 +2,8 @@
 //!
 //! Owns the mark `on-host` in the state directory: it is there from before a node's first change of the host until all
 //! was removed, so that a start with the mesh off knows its own leftovers from another agent's. Removes the routes of our
-//! table, the rules, the packet filter table and the loosened filters, and no link: an agent's link dies with its process.
+//! table, the rules, the packet filter table and the loosened filters, and of links only one of the kernel's WireGuard that
+//! has this state directory's key: it outlives an agent that was killed. Any other link of an agent dies with its process.
 //! One that stands shows that an agent is on in this network namespace, whose all the rest is then: refused. Goes on after
 //! a failure so that one obstacle leaves as little as possible behind. Done twice it finds nothing.
 
@@ -15,7 +16,8 @@ use mesh_proto::device::Family;
 use rtnetlink::Handle;
 
 use super::rp_filter::Loosened;
-use super::{ApplyError, Netlink, doing, link, nft, routes, rules};
+use super::{ApplyError, Netlink, doing, link, nft, routes, rules, wireguard};
+use crate::state;
 
 const MARK: &str = "on-host";
 
@@ -32,11 +34,20 @@ pub struct CleanupReport {
 pub async fn cleanup(state_dir: &Path) -> Result<CleanupReport, ApplyError> {
     let netlink = Netlink::open().map_err(doing(|| "open a netlink socket".into()))?;
     let handle = &netlink.handle;
-    let links = link::dump(handle).await.map_err(doing(|| "list the links".into()))?;
-    if let Some(link) = links.into_iter().find(|link| link.is_of_an_agent) {
-        return Err(ApplyError::AgentIsOn { link: link.name });
-    }
+    let own = state::wg_public(state_dir);
     let mut report = CleanupReport::default();
+    let mut left = Vec::new();
+    for link in link::dump(handle).await.map_err(doing(|| "list the links".into()))? {
+        if wireguard::is_own(&link, own.as_ref()).await {
+            left.push(link);
+        } else if link.is_of_an_agent {
+            return Err(ApplyError::AgentIsOn { link: link.name });
+        }
+    }
+    for link in left {
+        let deleted = link::delete(handle, link.index).await.map_err(doing(|| format!("delete link {}", link.name)));
+        report.note(deleted.map(|()| Some(format!("link {}", link.name))));
+    }
     report.note(remove_nftables().await);
     report.note(remove_routes(handle).await);
     for family in Family::ALL {

@@ -64,7 +64,7 @@ const VIRTUAL_KINDS: [&str; 21] = [
     "bareudp",
 ];
 
-/// The alias of a link that an agent made. It dies with the process, so one that stands shows an agent that is on.
+/// The alias of a link that an agent made. A TUN dies with the process, so one that stands shows an agent that is on.
 const ALIAS: &str = "meshspan";
 
 /// One link as the kernel shows it.
@@ -180,12 +180,18 @@ pub(super) async fn delete(handle: &Handle, index: u32) -> io::Result<()> {
 }
 
 fn up(index: u32, mtu: u16) -> LinkMessage {
+    let mut message = up_alone(index);
+    message.attributes.push(LinkAttribute::Mtu(mtu.into()));
+    message.attributes.push(LinkAttribute::IfAlias(ALIAS.into()));
+    message
+}
+
+/// Nothing but up.
+pub(super) fn up_alone(index: u32) -> LinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
-    message.attributes.push(LinkAttribute::Mtu(mtu.into()));
-    message.attributes.push(LinkAttribute::IfAlias(ALIAS.into()));
     message
 }
 

@@ -22,8 +22,8 @@ use super::offload::OffloadStatus;
 use super::path::{AddressKind, Nat, NatStatus, PathStatus, SwitchStatus, Tier, TriedAddress};
 use super::port_mapping::PortMappingStatus;
 use super::{
-    API_VERSION, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState, PrefixStatus, Problem,
-    ServerState, ServerStatus, Status,
+    API_VERSION, BackendStatus, Carrier, NodeState, NodeStatus, PeerKind, PeerState, PeerStatus, PrefixState,
+    PrefixStatus, Problem, ServerState, ServerStatus, Status,
 };
 use crate::dataplane::{EngineStats, Offloads};
 use crate::io::carriers::Carriers;
@@ -41,7 +41,11 @@ pub struct Facts<'a> {
     pub carriers: &'a Carriers,
     pub counters: &'a dyn Fn(&WgPublicKey) -> PeerCounters,
     pub engine: &'a EngineStats,
-    pub offloads: Offloads,
+    pub backend: &'a BackendStatus,
+    /// Why the kernel's WireGuard did not take what it was last told.
+    pub backend_problem: Option<&'a str>,
+    /// `None` where the kernel's WireGuard carries the packets.
+    pub offloads: Option<Offloads>,
     pub host_name: &'a str,
     pub started_at_ms: u64,
     pub is_ready: bool,
@@ -72,8 +76,9 @@ pub fn running(facts: &Facts<'_>) -> Status {
             state,
             namespace: Some(view.namespace.to_string()),
             problems,
+            backend: Some(facts.backend.clone()),
             net: net(facts),
-            offloads: Some(offloads(facts.offloads)),
+            offloads: facts.offloads.map(offloads),
             ..node(facts.config, facts.started_at_ms)
         },
         servers: servers(facts),
@@ -119,6 +124,7 @@ fn node(config: &Config, started_at_ms: u64) -> NodeStatus {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         started_at_ms,
         problems: Vec::new(),
+        backend: None,
         net: NetStatus::default(),
         offloads: None,
     }
@@ -185,6 +191,9 @@ fn problems(facts: &Facts<'_>) -> Vec<Problem> {
             format!("strict reverse path filter on {link}: prefixes that hold a peer's endpoint are not routed"),
             &format!("sysctl -w net.ipv4.conf.{link}.rp_filter=2"),
         ));
+    }
+    if let Some(text) = facts.backend_problem {
+        problems.push(problem(format!("the kernel's WireGuard: {text}"), "the agent tries again by itself"));
     }
     if let Some(text) = facts.host_problem {
         problems.push(problem(text.to_owned(), "the agent tries again by itself"));

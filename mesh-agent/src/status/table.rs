@@ -54,6 +54,10 @@ impl Status {
         let addresses: Vec<String> = v4.into_iter().chain(v6).collect();
         line("Addresses", &if addresses.is_empty() { "none yet".to_owned() } else { addresses.join(", ") });
         line("Interface", &format!("{}, UDP port {}", node.interface, node.listen_port));
+        if let Some(backend) = &node.backend {
+            let why = backend.why_not_kernel.as_ref().map_or_else(String::new, |why| format!("; {why}"));
+            line("Backend", &format!("{}{why}", backend.kind.name()));
+        }
         if let Some(offloads) = node.offloads {
             line("Offloads", &offloads.words());
         }

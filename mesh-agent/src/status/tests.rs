@@ -24,6 +24,10 @@ pub(crate) fn example() -> Status {
             version: "0.1.0".to_owned(),
             started_at_ms: 1_000_000,
             problems: vec![Problem { what: "no server answers".to_owned(), fix: "open UDP 7443".to_owned() }],
+            backend: Some(BackendStatus {
+                kind: BackendKind::Userspace,
+                why_not_kernel: Some("this kernel has no WireGuard".to_owned()),
+            }),
             net: net(),
             offloads: Some(OffloadStatus { tun_tcp: true, tun_udp: false, udp_send: true, udp_receive: true }),
         },
@@ -134,6 +138,7 @@ Node        node-1 in mesh home
 State       degraded (65 s, version 0.1.0)
 Addresses   198.19.0.7, fd00::7
 Interface   mesh0, UDP port 51872
+Backend     userspace; this kernel has no WireGuard
 Offloads    TUN TCP, UDP send, UDP receive (the kernel lacks TUN UDP)
 Node id     abababababababababababababababababababababababababababababababab
 
@@ -222,7 +227,9 @@ https://disc.example:7443  connected  websocket  3.4 ms      yes    http://(hidd
 #[test]
 fn a_status_of_an_older_agent_is_read_too() {
     let mut json = serde_json::to_value(example()).unwrap();
-    json["node"].as_object_mut().unwrap().remove("net");
+    for new in ["net", "backend"] {
+        json["node"].as_object_mut().unwrap().remove(new);
+    }
     for new in ["relays", "rtt_us", "proxy"] {
         json["servers"][0].as_object_mut().unwrap().remove(new);
     }
@@ -238,6 +245,7 @@ fn json_has_the_documented_words() {
     let json = serde_json::to_value(example()).unwrap();
     assert_eq!(json["api_version"], "meshspan/v1");
     assert_eq!(json["node"]["state"], "degraded");
+    assert_eq!(json["node"]["backend"]["kind"], "userspace");
     assert_eq!(json["servers"][0]["carrier"], serde_json::Value::Null);
     assert_eq!(json["peers"][0]["prefixes"][1]["state"], "local-overlap");
     assert_eq!(serde_json::to_value(Carrier::WebSocket).unwrap(), "websocket");

@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_agent::backend::BackendKind;
 use mesh_agent::clock;
 use mesh_agent::dataplane::{BoringTunnels, Engine, EngineStats, Offloads, Tun, UdpSockets};
 use mesh_agent::io::carriers::Carriers;
 use mesh_agent::io::session::Dialer;
+use mesh_agent::status::BackendStatus;
 use mesh_agent::status::{Show, Status, fill};
 use mesh_common::addr::PrefixRefusal;
 use mesh_common::config::Config;
@@ -102,12 +104,14 @@ fn shown(view: &View, is_state_dir_failing: bool, now: Instant) -> Status {
     let dialer = Dialer::new().unwrap();
     let counters = |_: &WgPublicKey| PeerCounters { last_handshake: Some(now), ..PeerCounters::default() };
     fill::running(&fill::Facts {
+        backend: &BackendStatus { kind: BackendKind::Userspace, why_not_kernel: None },
+        backend_problem: None,
         config: &Config::parse("").unwrap(),
         view,
         carriers: &Carriers::new(dialer),
         counters: &counters,
         engine: &drops(),
-        offloads: Offloads::default(),
+        offloads: Some(Offloads::default()),
         host_name: "node-1",
         started_at_ms: 0,
         is_ready: true,

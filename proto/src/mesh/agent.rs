@@ -16,7 +16,9 @@ use mesh_common::limits::RECONCILE_INTERVAL;
 use mesh_common::time::Instant;
 use sha2::{Digest as _, Sha256};
 
-use crate::device::{Action, Endpoint, Family, Observed, PeerReport, PeerRoute, Route, RouteKind, SocketId};
+use crate::device::{
+    Action, Capabilities, Endpoint, Family, Observed, PeerReport, PeerRoute, Route, RouteKind, SocketId,
+};
 use crate::discovery::client::Client;
 use crate::mesh::members::Members;
 use crate::mesh::path_table::PathTable;
@@ -171,6 +173,7 @@ pub struct Agent {
     orphan_floor: BTreeSet<Route>,
     paths: PathTable,
     path_policy: PathPolicy,
+    device: Capabilities,
     /// Who of the paths may guess ports, and what the others were told.
     guessing_turns: (Option<WgPublicKey>, Turn),
     probing: paths::Probing,
@@ -268,6 +271,7 @@ impl Agent {
             orphan_floor: BTreeSet::new(),
             paths: PathTable::default(),
             path_policy: start.path_policy,
+            device: Capabilities::USERSPACE,
             guessing_turns: (None, Turn::None),
             probing: paths::Probing::new(now),
             stirred: BTreeSet::new(),
@@ -407,6 +411,14 @@ impl Agent {
             }
         }
         self.take_observed(observed, now);
+    }
+
+    /// What the device can do that carries the peers from now on; the userspace one is assumed before.
+    pub fn handle_device(&mut self, device: Capabilities, now: Instant) {
+        self.device = device;
+        self.stirred.extend(self.paths.keys());
+        self.paths.with_each(|_, path| path.handle_device(device, now));
+        self.settle(now);
     }
 
     pub fn handle_peer_report(&mut self, peer: &WgPublicKey, report: &PeerReport, now: Instant) {

@@ -18,7 +18,7 @@ use mesh_common::limits::{PEER_DOWN_AFTER, PEER_RETRY_MAX, REJECT_AFTER_TIME, RE
 use mesh_common::nat::NatClass;
 use mesh_common::time::Instant;
 
-use crate::device::{Endpoint, Family, PeerReport, PeerRoute, SocketId};
+use crate::device::{Capabilities, Endpoint, Family, PeerReport, PeerRoute, SocketId};
 use crate::path::candidate::{Change, Remotes};
 use crate::path::hard::Guessing;
 use crate::path::round::Round;
@@ -107,6 +107,7 @@ pub enum PathState {
 #[derive(Debug)]
 pub struct PathAgent {
     pub(super) policy: PathPolicy,
+    pub(super) device: Capabilities,
     pub(super) random: SplitMix64,
     pub(super) remotes: Remotes,
     pub(super) own: Vec<Candidate>,
@@ -185,6 +186,7 @@ impl PathAgent {
     pub fn new(seed: u64, policy: PathPolicy) -> Self {
         Self {
             policy,
+            device: Capabilities::USERSPACE,
             random: SplitMix64::new(seed),
             remotes: Remotes::default(),
             own: Vec::new(),
@@ -363,6 +365,14 @@ impl PathAgent {
         self.settle(now);
     }
 
+    /// What the device can do that carries this peer.
+    pub fn handle_device(&mut self, device: Capabilities, now: Instant) {
+        if self.device != device {
+            self.device = device;
+            self.settle(now);
+        }
+    }
+
     /// One handshake without waiting for a packet: after our restart, so that a peer with an old session finds us again.
     pub fn handle_wake(&mut self, _now: Instant) {
         self.events.push_back(PathEvent::StartHandshake);
@@ -415,6 +425,11 @@ impl PathAgent {
             self.tunnel_generation += 1;
             self.last_handshake = None;
         }
+    }
+
+    /// Data may go out on two paths at once.
+    pub(super) fn sends_twice(&self) -> bool {
+        self.policy.dual_send && self.device.several_endpoints
     }
 
     /// Wants a session, and the best path for it.

@@ -6,3 +6,4 @@ mod death;
 mod guess;
 mod pair;
 mod punch;
+mod single;

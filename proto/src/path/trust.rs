@@ -156,7 +156,7 @@ impl PathAgent {
         let is_taken = match self.primary {
             Some(primary) if primary == endpoint => false,
             Some(primary) if !primary.is_relay() => !self.is_trusted(primary, now),
-            _ => relay.is_none() || self.policy.dual_send && !is_distrusted,
+            _ => relay.is_none() || self.sends_twice() && !is_distrusted,
         };
         if is_taken {
             self.switch(Some(endpoint), "the peer answers a handshake there", now);
@@ -327,7 +327,7 @@ impl PathAgent {
                 };
                 let old = from.filter(works).or_else(|| self.best_relay(now).map(Endpoint::Relay));
                 self.before = old
-                    .filter(|_| self.policy.dual_send && from.is_some())
+                    .filter(|_| self.sends_twice() && from.is_some())
                     .map(|endpoint| Before { endpoint, until: now + DUAL });
                 self.rounds_in_vain = 0;
                 let is_proven = self.is_trusted(direct, now);

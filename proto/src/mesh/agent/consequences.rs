@@ -122,7 +122,9 @@ impl Agent {
                 .or_insert_with(|| self.keys.pair_psk(own, (peer.node, peer.key)));
             let is_new = self.paths.add(peer.key, || PathAgent::new(self.random.next_u64(), self.path_policy));
             let turn = turn_of(&peer.key, self.guessing_turns);
+            let device = self.device;
             self.paths.with(&peer.key, |path| {
+                path.handle_device(device, now);
                 if is_new {
                     path.handle_guessing_turn(turn, now);
                 }

@@ -8,7 +8,7 @@ use mesh_common::id::ServerId;
 use mesh_common::nat::{Filtering, Mapping, NatClass};
 use mesh_common::time::Instant;
 
-use crate::device::{Endpoint, PathTraffic, PeerReport, SocketId};
+use crate::device::{Capabilities, Endpoint, PathTraffic, PeerReport, SocketId};
 use crate::path::agent::{PathAgent, PathEvent, PathPolicy};
 use crate::random::SplitMix64;
 use crate::wire::probe::Probe;
@@ -56,6 +56,7 @@ enum Event {
 pub(super) struct Side {
     pub(super) agent: PathAgent,
     nat: Nat,
+    device: Capabilities,
     port: u16,
     mappings: BTreeMap<(Option<SocketId>, SocketAddr), u16>,
     written_to: BTreeSet<(u16, SocketAddr)>,
@@ -113,6 +114,7 @@ impl Pair {
         let side = |at: usize| Side {
             agent: PathAgent::new(seed ^ (at as u64 + 1), policy),
             nat: nats[at],
+            device: Capabilities::USERSPACE,
             port: 51872,
             mappings: BTreeMap::new(),
             written_to: BTreeSet::new(),
@@ -162,6 +164,17 @@ impl Pair {
 
     pub(super) fn with_relay(mut self) -> Self {
         self.set_relay(true);
+        self
+    }
+
+    /// What each side's device can do.
+    pub(super) fn with_devices(mut self, devices: [Capabilities; 2]) -> Self {
+        for (at, device) in devices.into_iter().enumerate() {
+            let now = self.now;
+            self.sides[at].device = device;
+            self.sides[at].agent.handle_device(device, now);
+            self.drain(at);
+        }
         self
     }
 
@@ -371,7 +384,11 @@ impl Pair {
             } else if let Some(event) = self.sides[at].agent.poll_event() {
                 match event {
                     PathEvent::StartHandshake => self.handshake(at),
-                    PathEvent::Route(_) => self.sides[at].routes += 1,
+                    PathEvent::Route(route) => {
+                        self.sides[at].routes += 1;
+                        let is_single = route.second.is_none() && route.handshake_fan_out.is_empty();
+                        assert!(self.sides[at].device.several_endpoints || is_single, "{route:?}");
+                    }
                     PathEvent::OpenSockets { count, .. } => self.after(at, millis(2), Event::Opened(at, count)),
                     PathEvent::CloseSockets(sockets) => self.sides[at].sockets.retain(|open| !sockets.contains(open)),
                     PathEvent::FellSilent => {}
