@@ -40,6 +40,7 @@ pub struct Scenario {
     pub starts: Vec<Duration>,
     pub servers: usize,
     pub weather: Weather,
+    pub habit: Habit,
     pub replayer: bool,
     /// The last server serves old records.
     pub rolls_back: bool,
@@ -48,6 +49,15 @@ pub struct Scenario {
     pub last_fault: Duration,
     /// Announced by more than one host.
     pub contested: BTreeSet<IpNet>,
+}
+
+/// Who talks with whom until the last fault is over; from then on every pair must.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Habit {
+    /// All pairs all the time: no path ever rests.
+    WithEverybody,
+    /// One pair in eight; the others once in a while, from rest.
+    WithFew,
 }
 
 #[derive(Debug, Clone)]
@@ -141,6 +151,11 @@ impl Scenario {
                 loss: (50, 50 + random.below(60)),
                 duplicated: 20,
                 reordered: 30,
+            },
+            habit: if seed.is_multiple_of(8) || options.sabotage.is_some() {
+                Habit::WithEverybody
+            } else {
+                Habit::WithFew
             },
             replayer,
             rolls_back,

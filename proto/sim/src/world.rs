@@ -17,7 +17,7 @@ use crate::kernel::Decision;
 use crate::link::{Links, Place};
 use crate::model::{Model, Road, Violation, unsettled};
 use crate::packet::{Body, Kind, Packet};
-use crate::scenario::{Fault, Options, Scenario, uplink};
+use crate::scenario::{Fault, Habit, Options, Scenario, uplink};
 use crate::server::{Carrier, Rendezvous, Stream};
 
 mod faults;
@@ -84,6 +84,7 @@ pub struct World {
     server_wakes: Vec<Option<Instant>>,
     faults: Vec<(Duration, Fault)>,
     last_fault: Instant,
+    habit: Habit,
     /// Hosts that are to join again as soon as they have left.
     joins_again: BTreeSet<usize>,
     contested: BTreeSet<ipnet::IpNet>,
@@ -164,6 +165,7 @@ impl World {
             server_wakes: vec![None; scenario.servers],
             faults: scenario.faults,
             last_fault,
+            habit: scenario.habit,
             joins_again: BTreeSet::new(),
             contested: scenario.contested,
             replayer: scenario.replayer,
@@ -369,7 +371,7 @@ impl World {
                         self.ping_one(host, other, road);
                     }
                 }
-            } else if self.random.below(6) == 0 {
+            } else if self.talks_now(host, other) {
                 let road = Road::ALL[self.random.below(3) as usize];
                 self.ping_one(host, other, road);
             }
@@ -378,6 +380,16 @@ impl World {
             self.forge(host);
         }
         self.touch(host);
+    }
+
+    /// Whether these two exchange data in this round.
+    fn talks_now(&mut self, host: usize, other: usize) -> bool {
+        let one_in = match self.habit {
+            Habit::WithEverybody => 6,
+            Habit::WithFew if (host + other).is_multiple_of(8) => 4,
+            Habit::WithFew => 1200,
+        };
+        self.random.below(one_in) == 0
     }
 
     fn ping_one(&mut self, host: usize, other: usize, road: Road) {
