@@ -24,9 +24,8 @@ use netns_tests::{
     binaries::BIN_DIR,
     enter_or_skip,
     impair::{Impairment, Wire},
-    isolation,
-    link::{MAIN_TABLE, To},
-    mesh,
+    isolation, mesh,
+    nft::rules::{Chain, ChainType, Family, Hook, Rule, Table, Verdict},
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_mesh-bench");
@@ -141,8 +140,17 @@ fn an_agent_that_stands_still_and_a_rival_that_is_not_heard_turn_the_soak_red() 
     assert!(stopped.max_stall_ms > 1000 && stopped.lost > 0 && !stopped.ok, "{stopped:?}");
 
     // The rival hears and is not heard.
-    let agent = pairs[0].node.address;
-    pairs[0].device.host.add_route(MAIN_TABLE, agent.into(), &To::Unreachable).unwrap();
+    let [agent, device] = pairs[0].wire;
+    let deaf = Chain {
+        name: "inp",
+        kind: ChainType::Filter,
+        hook: Hook::Input,
+        priority: 0,
+        policy: Verdict::Accept,
+        rules: vec![Rule::new().between(device, agent).drop()],
+    };
+    let deaf = Table { family: Family::Ip, name: "deaf", sets: Vec::new(), chains: vec![deaf] };
+    pairs[0].node.host.load_rules(&[deaf]).unwrap();
     let deaf = SoakReport::of("x", &soak::talk(&pairs, 2 * second, 3).unwrap());
     assert!(deaf.one_way_windows > 0 && !deaf.ok, "{deaf:?}");
 }

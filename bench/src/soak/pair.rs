@@ -64,6 +64,8 @@ pub struct Pair {
     pub node: Node,
     pub device: Device,
     pub pattern: Pattern,
+    /// Where the two are on the wire: the agent, the device.
+    pub wire: [Ipv4Addr; 2],
     /// Behind the device.
     inner: IpAddr,
     _server: Server,
@@ -96,7 +98,8 @@ impl Pair {
     ) -> Result<Self> {
         let (ours, theirs) = (lab.host(&format!("agent{number}"))?, lab.host(&format!("rival{number}"))?);
         connect(&ours, LINK, &theirs, LINK)?;
-        let [our_address, their_address] = [1, 2].map(|last| IpAddr::from(Ipv4Addr::new(10, 0, number, last)));
+        let wire = [1, 2].map(|last| Ipv4Addr::new(10, 0, number, last));
+        let [our_address, their_address] = wire.map(IpAddr::from);
         ours.add_address(LINK, IpNet::new(our_address, 24)?)?;
         theirs.add_address(LINK, IpNet::new(their_address, 24)?)?;
 
@@ -137,7 +140,7 @@ impl Pair {
             ..Peer::new(key, overlay.into())
         })?;
         theirs.add_route(MAIN_TABLE, overlay.into(), &To::Link(name))?;
-        let pair = Self { node, device, pattern, inner, _server: server };
+        let pair = Self { node, device, pattern, wire, inner, _server: server };
         let (from, to) = match starter {
             Starter::Agent => (&pair.node.host, inner),
             Starter::Rival => (&pair.device.host, overlay),
