@@ -56,7 +56,7 @@ pub struct Scenario {
 pub enum Habit {
     /// All pairs all the time: no path ever rests.
     WithEverybody,
-    /// One pair in eight; the others once in a while, from rest.
+    /// One pair in twelve; the others once in a while, from rest.
     WithFew,
 }
 
@@ -152,7 +152,7 @@ impl Scenario {
                 duplicated: 20,
                 reordered: 30,
             },
-            habit: if seed.is_multiple_of(8) || options.sabotage.is_some() {
+            habit: if seed.is_multiple_of(16) || options.sabotage.is_some() {
                 Habit::WithEverybody
             } else {
                 Habit::WithFew

@@ -386,7 +386,7 @@ impl World {
     fn talks_now(&mut self, host: usize, other: usize) -> bool {
         let one_in = match self.habit {
             Habit::WithEverybody => 6,
-            Habit::WithFew if (host + other).is_multiple_of(8) => 4,
+            Habit::WithFew if (host + other).is_multiple_of(12) => 4,
             Habit::WithFew => 1200,
         };
         self.random.below(one_in) == 0
