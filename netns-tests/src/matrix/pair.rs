@@ -138,6 +138,9 @@ impl Bench {
         for node in &mut self.nodes {
             node.stop()?;
         }
+        // A server that goes on counts how many clusters came from one address in an hour: more than one home founds.
+        self.server.stop()?;
+        self.server.start()?;
         for (site, kind) in self.world.sites.iter_mut().zip(kinds) {
             site.become_kind(*kind, self.ports, false)?;
         }
