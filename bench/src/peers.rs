@@ -24,7 +24,7 @@ use netns_tests::{
     mesh::{
         config::{self, ServerAddress},
         node::Node,
-        server::Server,
+        server::Server as DiscoveryServer,
     },
 };
 use serde::Serialize;
@@ -125,7 +125,7 @@ struct Field<'a> {
     underlay: Underlay,
     switch: Host,
     hosts: u16,
-    server: Option<(Server, ServerAddress)>,
+    server: Option<(DiscoveryServer, ServerAddress)>,
     // Last, so that programs end before their lab.
     lab: Lab,
 }
@@ -174,7 +174,7 @@ impl<'a> Field<'a> {
                 Some((_, at)) => at.clone(),
                 None => {
                     let dir = self.lab.dir().join("server");
-                    let mut server = Server::new(binaries, host.clone(), &dir, address, None)?;
+                    let mut server = DiscoveryServer::new(binaries, host.clone(), &dir, address, None)?;
                     let at = server.start()?;
                     self.server = Some((server, at.clone()));
                     at

@@ -9,7 +9,7 @@ use netns_tests::{
     mesh::{
         config::{self, ServerAddress},
         node::Node,
-        server::Server,
+        server::Server as DiscoveryServer,
     },
     traffic::first_reply,
     wait,
@@ -32,7 +32,7 @@ const SERVER_SHARE: f64 = 0.05;
 #[derive(Debug)]
 pub struct Agents {
     pub nodes: [Node; 2],
-    server: Server,
+    server: DiscoveryServer,
     formed: Option<[Cpu; 2]>,
 }
 
@@ -44,7 +44,8 @@ pub fn version(agent: &Path) -> Result<String> {
 impl Agents {
     /// Starts the server, on the left host, and the agents; waits until a packet crossed on a direct path.
     pub fn start(binaries: &Binaries, bed: &Bed) -> Result<Self> {
-        let mut server = Server::new(binaries, bed.left.host.clone(), &bed.scratch("server"), bed.left.address, None)?;
+        let mut server =
+            DiscoveryServer::new(binaries, bed.left.host.clone(), &bed.scratch("server"), bed.left.address, None)?;
         let at = server.start()?;
         let secret = config::new_secret()?;
         let [left, right] = bed.ends().map(|end| node(binaries, &end.host, end.address, bed, &secret, &at));

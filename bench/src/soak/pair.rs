@@ -15,7 +15,7 @@ use netns_tests::{
     mesh::{
         config::{new_secret, write_private},
         node::Node,
-        server::Server,
+        server::Server as DiscoveryServer,
     },
     traffic::{first_reply, transfer},
     wait,
@@ -68,7 +68,7 @@ pub struct Pair {
     pub wire: [Ipv4Addr; 2],
     /// Behind the device.
     inner: IpAddr,
-    _server: Server,
+    _server: DiscoveryServer,
 }
 
 /// What became of a pair: one tally a direction.
@@ -112,8 +112,13 @@ impl Pair {
         theirs.set_up(&name, true)?;
 
         let dir = lab.dir().join(format!("agent-{number}"));
-        let mut server =
-            Server::new(binaries, ours.clone(), &lab.dir().join(format!("server-{number}")), our_address, None)?;
+        let mut server = DiscoveryServer::new(
+            binaries,
+            ours.clone(),
+            &lab.dir().join(format!("server-{number}")),
+            our_address,
+            None,
+        )?;
         let at = server.start()?;
         let mut node = Node::new(binaries, ours, &dir, our_address, &new_secret()?)?;
         let psk = random_key()?;
