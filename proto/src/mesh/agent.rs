@@ -595,7 +595,7 @@ impl Agent {
         }
         self.send_probes(now);
         let mut has_silent_path = false;
-        for key in std::mem::take(&mut self.stirred) {
+        while let Some(key) = self.stirred.pop_first() {
             while let Some(event) = self.paths.poll_event(&key) {
                 match event {
                     PathEvent::Route(route) => self.events.push_back(AgentEvent::SetRoute(key, route)),
@@ -603,7 +603,7 @@ impl Agent {
                     PathEvent::OpenSockets { family, count } => {
                         self.events.push_back(AgentEvent::OpenSockets { peer: key, family, count });
                     }
-                    PathEvent::CloseSockets(sockets) => self.events.push_back(AgentEvent::CloseSockets(sockets)),
+                    PathEvent::CloseSockets(left) => self.leave_sockets(&key, left, now),
                     PathEvent::FellSilent => has_silent_path = true,
                 }
             }
