@@ -209,7 +209,9 @@ fn read(mut rest: &[u8], is_route: bool) -> Result<Vec<What>> {
         let message = rest.get(..length).filter(|_| length >= HEADER).context("a message that was cut off")?;
         heard.push(match NetlinkMessage::<RouteNetlinkMessage>::deserialize(message) {
             _ if !is_route => What::Nftables(kind),
-            Ok(NetlinkMessage { payload: NetlinkPayload::InnerMessage(message), .. }) => What::Network(Box::new(message)),
+            Ok(NetlinkMessage { payload: NetlinkPayload::InnerMessage(message), .. }) => {
+                What::Network(Box::new(message))
+            }
             _ => What::Other(kind),
         });
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();

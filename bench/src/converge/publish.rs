@@ -24,8 +24,7 @@ const STORED_WITHIN: Duration = Duration::from_secs(10);
 pub fn publish(host: &Host, server: &config::ServerAddress, count: u16) -> Result<()> {
     let endpoint: ServerEndpoint = server.endpoint.parse().context("the server's endpoint")?;
     let pin: Pin = server.pin.parse().context("the server's pin")?;
-    let server =
-        ServerAddress { host: endpoint.host().to_owned(), port: endpoint.port(), pin: pin.0, proxy: None };
+    let server = ServerAddress { host: endpoint.host().to_owned(), port: endpoint.port(), pin: pin.0, proxy: None };
     host.inside(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(introduce_all(&server, count))
