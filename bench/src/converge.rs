@@ -154,7 +154,7 @@ pub struct Converged {
     pub node: Node,
     /// From the start of its process to the last change of its routes.
     pub sync: Duration,
-    /// Up to the first, and how many changes there were.
+    /// From the start of its process to the first of them.
     first_route: Duration,
     monitor: Monitor,
     heard: usize,

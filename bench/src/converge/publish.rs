@@ -63,11 +63,9 @@ async fn introduce(dialer: &Dialer, server: &ServerAddress, keys: &ClusterKeys, 
     loop {
         let message = carrier.receiver.next().await.context("the server ended the session")??;
         match ServerMessage::decode(&message)? {
-            ServerMessage::Stored { .. } => break,
+            ServerMessage::Stored { .. } => return Ok(()),
             ServerMessage::Error(error) => return Err(error.into()),
             _ => {}
         }
     }
-    carrier.sender.close().await;
-    Ok(())
 }
