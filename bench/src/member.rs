@@ -14,10 +14,11 @@ use mesh_proto::wire::frame::Frame;
 use mesh_proto::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Record};
 
 pub const CLUSTER_ID: &str = "bench";
+pub const CLUSTER_SECRET: [u8; 32] = [5; 32];
 
 /// The keys of the one cluster that all members are in.
 pub fn cluster_keys() -> ClusterKeys {
-    ClusterSecret::from_bytes([5; 32]).derive()
+    ClusterSecret::from_bytes(CLUSTER_SECRET).derive()
 }
 
 /// A node with its keys.

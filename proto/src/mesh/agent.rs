@@ -51,6 +51,8 @@ pub use view::{PeerView, ServerView, View};
 
 /// Records come in bursts: what follows from them is worked out once per burst.
 const SETTLE: Duration = Duration::from_millis(5);
+/// The same while a server tells all it lists: the end of that is worth waiting for, unless it is slow.
+const LISTING_SETTLE: Duration = Duration::from_millis(200);
 /// Pause after steps that failed on the host; doubles up to [`RECONCILE_INTERVAL`].
 const RETRY_FAILED_STEPS: Duration = Duration::from_secs(1);
 /// How long a floor of the last run waits for its member after the first snapshot: a server that restarted hears of a member
