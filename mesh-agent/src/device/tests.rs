@@ -10,7 +10,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use mesh_proto::device::RouteKind;
+use mesh_proto::device::{Route, RouteKind};
 use netlink_packet_route::route::{RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags};
 use rtnetlink::{IpVersion, LinkUnspec, LinkVeth, RouteMessageBuilder};
