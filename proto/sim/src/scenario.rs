@@ -134,9 +134,10 @@ impl Scenario {
             .collect();
         let mut faults = faults(agents, servers, &mut random);
         if options.sabotage.is_some() {
-            // The broken host gets its chance to show it.
-            let restart = Fault::AgentRestart { host: 0, lasts: Duration::from_secs(1) };
-            faults.push((Duration::from_secs(20), restart));
+            // The broken host gets its chances to show it.
+            let restart =
+                |second| (Duration::from_secs(second), Fault::AgentRestart { host: 0, lasts: Duration::from_secs(1) });
+            faults.extend([8, 11, 14, 17, 20].map(restart));
         }
         let end = |(at, fault): &(Duration, Fault)| *at + fault.lasts();
         let last_fault = faults.iter().map(end).max().unwrap_or_default();
