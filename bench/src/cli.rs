@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     contender::copying::{self, CopyingEnd},
-    soak, throughput, traffic,
+    converge, soak, throughput, traffic,
 };
 
 /// Measures Meshspan beside its rivals, on this machine alone, in network namespaces.
@@ -22,6 +22,7 @@ struct Cli {
 enum Command {
     Throughput(throughput::Args),
     Soak(soak::Args),
+    Converge(converge::Args),
     /// A child of `throughput`: sends and receives as it is told.
     #[command(hide = true)]
     Traffic {
@@ -49,6 +50,7 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Throughput(args) => throughput::run(&args),
         Command::Soak(args) => soak::run(&args),
+        Command::Converge(args) => converge::run(&args),
         Command::Traffic { socket } => traffic::serve(&socket).map(|()| ExitCode::SUCCESS),
         Command::CopyingEnd { end } => copying::run(&end).map(|()| ExitCode::SUCCESS),
     }

@@ -14,10 +14,12 @@ use mesh_proto::wire::frame::Frame;
 use mesh_proto::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Record};
 
 pub const CLUSTER_ID: &str = "bench";
+/// An agent refuses one whose bytes are all equal.
+pub const CLUSTER_SECRET: [u8; 32] = *b"a cluster of the bench, no other";
 
 /// The keys of the one cluster that all members are in.
 pub fn cluster_keys() -> ClusterKeys {
-    ClusterSecret::from_bytes([5; 32]).derive()
+    ClusterSecret::from_bytes(CLUSTER_SECRET).derive()
 }
 
 /// A node with its keys.

@@ -10,6 +10,7 @@ use std::{
 use mesh_bench::{
     bed::{Bed, LINK},
     contender::Contender,
+    converge::{ConvergeReport, Converged, Rest},
     measure::{Figures, Measuring},
     metric::{Metric, Step},
     rival,
@@ -22,10 +23,13 @@ use mesh_bench::{
 use netns_tests::{
     Entry, Lab,
     binaries::BIN_DIR,
+    checks::life::pass,
     enter_or_skip,
     impair::{Impairment, Wire},
-    isolation, mesh,
+    isolation,
+    mesh::{self, MESH_TABLE},
     nft::rules::{Chain, ChainType, Family, Hook, Rule, Table, Verdict},
+    wait,
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_mesh-bench");
@@ -153,4 +157,40 @@ fn an_agent_that_stands_still_and_a_rival_that_is_not_heard_turn_the_soak_red() 
     pairs[0].node.host.load_rules(&[deaf]).unwrap();
     let deaf = SoakReport::of("x", &soak::talk(&pairs, 2 * second, 3).unwrap());
     assert!(deaf.one_way_windows > 0 && !deaf.ok, "{deaf:?}");
+}
+
+#[test]
+fn a_route_that_somebody_deletes_turns_converge_red() {
+    let name = "a_route_that_somebody_deletes_turns_converge_red";
+    let Some(binaries) = mesh::enter_or_skip(name).unwrap() else { return };
+    const PEERS: u16 = 50;
+    let mut converged = Converged::form(&binaries, PEERS).unwrap();
+    let resting = converged.begin_rest().unwrap();
+    pass(Duration::from_secs(1)).unwrap();
+    let calm = converged.end_rest(resting).unwrap();
+
+    let host = converged.node.host.clone();
+    let resting = converged.begin_rest().unwrap();
+    let before = host.routes(MESH_TABLE).unwrap();
+    host.delete_route(before[0].clone()).unwrap();
+    wait::until_true("the agent to put it back", Duration::from_secs(5), || {
+        Ok(host.routes(MESH_TABLE)?.len() == before.len())
+    })
+    .unwrap();
+    let meddled = converged.end_rest(resting).unwrap();
+    drop(converged);
+    assert_eq!(calm.writes.len(), 0, "{:?}", calm.writes);
+    assert!(meddled.writes.len() >= 2, "deleted and put back: {:?}", meddled.writes);
+    // Whatever else a busy machine does to the figures.
+    let judged = |writes: Vec<_>| {
+        let rest = Rest { writes, rss_mib: 1.0, idle_cpu_percent: 0.0 };
+        ConvergeReport::of(PEERS, Duration::from_millis(1), &rest).ok
+    };
+    assert!(judged(calm.writes) && !judged(meddled.writes));
+
+    let output = bench(&["converge", "--peers", "20", "--seconds", "1", "--json"], &binaries.dir());
+    let report = last_line(&output);
+    assert_eq!(output.status.success(), report["ok"] == true, "{report}");
+    assert_eq!((&report["peers"], &report["steady_netlink_writes"]), (&20.into(), &0.into()), "{report}");
+    assert!(report["route_sync_ms"].as_f64().unwrap() > 0.0 && report["rss_mib"].as_f64().unwrap() > 1.0, "{report}");
 }

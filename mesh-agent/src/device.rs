@@ -23,7 +23,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use futures_util::TryStreamExt as _;
-use mesh_proto::device::{Action, Family, Link, MssClamp, Observed, Route};
+use mesh_proto::device::{Action, Family, Link, MssClamp, Observed};
 use rtnetlink::Handle;
 use tokio::task::AbortHandle;
 
@@ -36,6 +36,7 @@ pub(crate) use self::nft::is_unsupported as has_no_nftables;
 pub(crate) use self::rp_filter::sysctl as rp_filter_sysctl;
 
 use self::routes::Table;
+use self::routes::batch::{self, Change};
 use self::rp_filter::Loosened;
 
 /// The host could not be opened for reading and changing.
@@ -196,8 +197,9 @@ impl HostDevice {
         match action {
             Action::CreateLink(link) | Action::UpdateLink(link) => self.configure_link(link).await,
             Action::DeleteLink { name } => self.delete_link(name).await,
-            Action::AddRoute(route) => self.add_route(route).await,
-            Action::RemoveRoute(route) => self.remove_route(route).await,
+            Action::AddRoute(_) | Action::RemoveRoute(_) => {
+                self.apply_routes(std::slice::from_ref(action)).await.pop().unwrap_or(Ok(()))
+            }
             Action::AddRule(family) => {
                 rules::add(&self.netlink.handle, *family).await.map_err(doing(|| format!("add the {family:?} rule")))
             }
@@ -230,27 +232,57 @@ impl HostDevice {
         Ok(())
     }
 
-    async fn add_route(&mut self, route: &Route) -> Result<(), ApplyError> {
-        let message = routes::message(route, self.link)
-            .ok_or_else(|| ApplyError::NotOfTheHost { action: format!("adding {route:?}") })?;
-        if routes::needs_link(route) {
-            self.our_index()?;
+    /// Does steps of routes in order, many at once, and gives what came of each.
+    pub async fn apply_routes(&mut self, steps: &[Action]) -> Vec<Result<(), ApplyError>> {
+        let mut results = Vec::with_capacity(steps.len());
+        // Each change, and the step that it is part of.
+        let (mut changes, mut owners) = (Vec::new(), Vec::new());
+        for (index, step) in steps.iter().enumerate() {
+            let planned = self.plan_route(step);
+            results.push(planned.map(|planned| {
+                owners.resize(owners.len() + planned.len(), index);
+                changes.extend(planned);
+            }));
         }
-        routes::add(&self.netlink.handle, message)
-            .await
-            .map_err(doing(|| format!("add the route to {}", route.prefix)))?;
-        self.table.added(route);
-        Ok(())
+        let (done, broken) = match batch::carry_out(&changes).await {
+            Ok(done) => (done, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        for (index, result) in owners.iter().zip(done) {
+            if let (Err(error), result @ Ok(())) = (result, &mut results[*index]) {
+                *result = Err(doing(|| describe(&steps[*index]))(error));
+            }
+        }
+        if let Some(error) = broken {
+            // What was done is seen at the next look; what was not is asked for again.
+            for index in owners {
+                let again = error.raw_os_error().map(io::Error::from_raw_os_error);
+                let again = again.unwrap_or_else(|| io::Error::new(error.kind(), error.to_string()));
+                results[index] = Err(doing(|| describe(&steps[index]))(again));
+            }
+        }
+        results
     }
 
-    async fn remove_route(&mut self, route: &Route) -> Result<(), ApplyError> {
-        for message in self.table.messages_to_remove(route, self.link) {
-            routes::delete(&self.netlink.handle, message)
-                .await
-                .map_err(doing(|| format!("remove the route to {}", route.prefix)))?;
+    /// The changes that a step of a route takes, counted as done: until the next look at the host they are what is known of it.
+    fn plan_route(&mut self, step: &Action) -> Result<Vec<Change>, ApplyError> {
+        match step {
+            Action::AddRoute(route) => {
+                let message = routes::message(route, self.link)
+                    .ok_or_else(|| ApplyError::NotOfTheHost { action: format!("adding {route:?}") })?;
+                if routes::needs_link(route) {
+                    self.our_index()?;
+                }
+                self.table.added(route);
+                Ok(vec![Change::Add(message)])
+            }
+            Action::RemoveRoute(route) => {
+                let messages = self.table.messages_to_remove(route, self.link);
+                self.table.removed(route);
+                Ok(messages.into_iter().map(Change::Delete).collect())
+            }
+            other => Err(ApplyError::NotOfTheHost { action: format!("{other:?} among routes") }),
         }
-        self.table.removed(route);
-        Ok(())
     }
 
     async fn set_mss_clamp(&mut self) -> Result<(), ApplyError> {
@@ -301,6 +333,15 @@ fn to_io(error: rtnetlink::Error) -> io::Error {
     match error {
         rtnetlink::Error::NetlinkError(message) => message.to_io(),
         other => io::Error::other(other.to_string()),
+    }
+}
+
+/// A step of a route, as an error names it.
+fn describe(step: &Action) -> String {
+    match step {
+        Action::AddRoute(route) => format!("add the route to {}", route.prefix),
+        Action::RemoveRoute(route) => format!("remove the route to {}", route.prefix),
+        other => format!("{other:?}"),
     }
 }
 

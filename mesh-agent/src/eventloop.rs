@@ -378,21 +378,28 @@ impl<'a> Node<'a> {
 
     async fn apply(&mut self, steps: Vec<Action>) {
         let mut failures = Vec::new();
-        let first = steps.first().cloned();
-        for step in steps {
-            if !matches!(step, Action::SetPeer(..) | Action::RemovePeer(_)) {
+        let mut note = |step: &Action, result: anyhow::Result<()>| {
+            if let Err(error) = result {
+                let not_permitted = matches!(error.downcast_ref(), Some(ApplyError::NotPermitted { .. }));
+                failures.push((step.clone(), StepError { text: format!("{error:#}"), not_permitted }));
+            }
+        };
+        for group in steps.chunk_by(|one, next| is_of_route(one) && is_of_route(next)) {
+            if !matches!(group[0], Action::SetPeer(..) | Action::RemovePeer(_)) {
                 // Many peers are put into force at once, and before a packet can be routed to them.
                 self.backend.publish().await;
             }
-            if let Err(error) = self.apply_step(&step).await {
-                let not_permitted = matches!(error.downcast_ref(), Some(ApplyError::NotPermitted { .. }));
-                failures.push((step, StepError { text: format!("{error:#}"), not_permitted }));
+            if !is_of_route(&group[0]) {
+                note(&group[0], self.apply_step(&group[0]).await);
+                continue;
             }
+            let results = self.host.apply_routes(group).await;
+            group.iter().zip(results).for_each(|(step, result)| note(step, result.map_err(Into::into)));
         }
         if let Some(observed) = self.observe().await {
             self.ready |= observed.link.is_some();
             self.observed = observed;
-        } else if let Some(step) = first {
+        } else if let Some(step) = steps.first().cloned() {
             // The last picture stands, and the machine waits before it asks for more.
             let text = self.host_problem.clone().unwrap_or_default();
             failures.push((step, StepError { text, not_permitted: false }));
@@ -716,6 +723,10 @@ impl<'a> Node<'a> {
             now: clock::now(),
         })
     }
+}
+
+fn is_of_route(step: &Action) -> bool {
+    matches!(step, Action::AddRoute(_) | Action::RemoveRoute(_))
 }
 
 /// Where the own IPv6 addresses of all members are.

@@ -3,9 +3,9 @@
 //!
 //! Reads from the ground up: [`isolation`] decides whether this process may make namespaces at all, [`lab`] owns what a
 //! run creates and removes it, [`host`] is one namespace, [`link`] wires hosts together, [`process`] runs programs in
-//! them, [`traffic`], [`capture`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes on sites,
-//! [`checks`] says what they must do, and [`demo`] is the newcomer's tour. [`nat`] puts routers with NAT and bad wires
-//! ([`impair`]) in between: [`matrix`] connects every kind with every other, [`roaming`] breaks what is connected. [`vm`]
+//! them, [`traffic`], [`capture`], [`monitor`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes
+//! on sites, [`checks`] says what they must do, and [`demo`] is the newcomer's tour. [`nat`] puts routers with NAT and bad
+//! wires ([`impair`]) in between: [`matrix`] connects every kind with every other, [`roaming`] breaks what is connected. [`vm`]
 //! boots a machine whose kernel has WireGuard, and [`kernel`] is what agents that use it must do there. [`program`] is how
 //! each program of this crate begins and ends.
 //!
@@ -27,6 +27,7 @@ pub mod link;
 pub mod matrix;
 pub mod mesh;
 pub mod messages;
+pub mod monitor;
 pub mod nat;
 pub mod nft;
 mod packet;
@@ -45,4 +46,5 @@ pub use host::Host;
 pub use isolation::{Entry, Unavailable, enter_or_skip};
 pub use lab::Lab;
 pub use mesh::{Mesh, MeshOptions};
+pub use monitor::Monitor;
 pub use snapshot::Snapshot;

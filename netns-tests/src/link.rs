@@ -16,7 +16,7 @@ use netlink_packet_route::{
     AddressFamily, IpProtocol,
     address::{AddressHeaderFlags, AddressMessage},
     link::{InfoData, InfoVeth, LinkAttribute},
-    route::{RouteAttribute, RouteFlags, RouteMessage, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
 };
 use rtnetlink::{Handle, IpVersion, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
@@ -189,11 +189,7 @@ impl Host {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let index = route.attributes.iter().find_map(|attribute| match attribute {
-                RouteAttribute::Oif(index) => Some(*index),
-                _ => None,
-            });
-            let link = match index {
+            let link = match output_link(&route) {
                 Some(index) => Some(name_of(&handle, index).await?),
                 None => None,
             };
@@ -305,6 +301,30 @@ pub fn table_of(route: &RouteMessage) -> u32 {
             _ => None,
         })
         .unwrap_or_else(|| route.header.table.into())
+}
+
+/// The index of the link that a route leads over.
+pub fn output_link(route: &RouteMessage) -> Option<u32> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    })
+}
+
+/// Where a route leads; the default route spells no destination out.
+pub fn destination(route: &RouteMessage) -> Option<IpNet> {
+    let length = route.header.destination_prefix_length;
+    let given = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(ip)) => Some(IpAddr::from(*ip)),
+        RouteAttribute::Destination(RouteAddress::Inet6(ip)) => Some(IpAddr::from(*ip)),
+        _ => None,
+    });
+    let default = match route.header.address_family {
+        AddressFamily::Inet => Some(IpAddr::from([0; 4])),
+        AddressFamily::Inet6 => Some(IpAddr::from([0; 16])),
+        _ => None,
+    };
+    IpNet::new(given.or(default)?, length).ok()
 }
 
 pub(crate) async fn all_routes(handle: &Handle) -> Result<Vec<RouteMessage>> {

@@ -6,13 +6,14 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use netns_tests::{
-    Capture, Entry, Host, Lab, Snapshot, Watch, enter_or_skip,
+    Capture, Entry, Host, Lab, Monitor, Snapshot, Watch, enter_or_skip,
     lab::sweep,
     link::{MAIN_TABLE, To, connect},
+    nft::rules::{Family, Table},
     process::Process,
     snapshot::{Kind, in_words},
     traffic::{EchoStream, UdpStream, first_reply, send_clear, transfer},
@@ -173,6 +174,50 @@ fn a_snapshot_is_stable_and_names_what_changed() {
     drop(_listener);
     fs::remove_file(files.join("left.txt")).unwrap();
     assert_eq!(in_words(&before.diff(&Snapshot::take(&a, &roots).unwrap())), "");
+}
+
+#[test]
+fn a_monitor_hears_of_each_change_and_of_nothing_else() {
+    if enter_or_skip("a_monitor_hears_of_each_change_and_of_nothing_else") == Entry::Handled {
+        return;
+    }
+    let mut lab = Lab::new().unwrap();
+    let (a, _b) = two_hosts(&mut lab);
+    let monitor = Monitor::start(&a).unwrap();
+    // A new link has something to say for a while.
+    let (start, rest) = (Instant::now(), Duration::from_millis(1500));
+    wait::until_true("the new link to be quiet", SOON, || {
+        Ok(monitor.after(0)?.last().map_or(start, |change| change.at).elapsed() >= rest)
+    })
+    .unwrap();
+    let known = monitor.after(0).unwrap().len();
+    first_reply(&a, b_v4(), b"traffic changes nothing", EVERY, SOON).unwrap();
+    a.routes(818).unwrap();
+    assert_eq!(monitor.after(known).unwrap().len(), 0, "neither traffic nor a look is a change");
+
+    a.add_address("wire", "10.7.0.1/32".parse().unwrap()).unwrap();
+    a.add_route(818, "10.77.0.0/16".parse().unwrap(), &To::Link("wire".into())).unwrap();
+    a.add_route(818, "fd00:77::/64".parse().unwrap(), &To::Unreachable).unwrap();
+    a.add_rule(rtnetlink::IpVersion::V6, 1110, 818).unwrap();
+    a.set_sysctl("ipv4/conf/wire/rp_filter", "2").unwrap();
+    a.set_mtu("wire", 1400).unwrap();
+    let table = Table { family: Family::Inet, name: "heard", sets: Vec::new(), chains: Vec::new() };
+    a.load_rules(&[table]).unwrap();
+    a.routes(818).unwrap().into_iter().for_each(|route| a.delete_route(route).unwrap());
+    let heard: Vec<String> = monitor.stop().unwrap().iter().map(|change| change.what.to_string()).collect();
+    for wanted in [
+        "address set",
+        "route to 10.77.0.0/16 (Unicast) in table 818 set",
+        "route to fd00:77::/64 (Unreachable) in table 818 set",
+        "rule set",
+        "rtnetlink message 80",
+        "link set",
+        "nftables message",
+        "route to 10.77.0.0/16 (Unicast) in table 818 deleted",
+        "route to fd00:77::/64 (Unreachable) in table 818 deleted",
+    ] {
+        assert!(heard.iter().any(|heard| heard.starts_with(wanted)), "no {wanted:?} in {heard:#?}");
+    }
 }
 
 #[test]

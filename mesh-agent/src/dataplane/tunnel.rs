@@ -4,6 +4,9 @@
 //! - Its timers see time only through `update_timers`, which idle peers do not get. Whoever wakes a tunnel therefore ticks
 //!   it first: otherwise a fresh session would carry a stale stamp and be thrown away, and an old one would still open.
 //! - After 90 s without an answer it gives up for good; a persistent keepalive starts over here, packets do by themselves.
+//! - It takes a late response to the initiation before the last one even when the last one was answered already, and would send
+//!   on that session from then on: a WireGuard peer, which keeps but one unconfirmed session, has forgotten it, and is
+//!   deaf until the next handshake 15 s later. Such a response is dropped.
 //! - A session that we only answered is used for sending once the peer has used it, never before.
 //! - It counts handshakes to judge load and forgets only when told: [`BoringTunnels::reset_limits`], each second. The
 //!   dispatcher's check comes before any key agreement; the one inside `Tunn` would count twice, so it never limits.
@@ -92,6 +95,7 @@ impl TunnelFactory for BoringTunnels {
             keepalive: keepalive.is_some(),
             ticked: now,
             established: None,
+            initiations: [None; 2],
             unconfirmed: None,
             longest_queued: None,
         }
@@ -133,6 +137,8 @@ pub struct BoringTunnel {
     /// When boringtun last saw the time.
     ticked: Instant,
     established: Option<Instant>,
+    /// The session indices of our last initiation and of the one before, while a response to them is good.
+    initiations: [Option<u32>; 2],
     /// The session index of our last response, until data comes with it.
     unconfirmed: Option<u32>,
     /// The longest packet queued since the queue was empty; `None` = empty.
@@ -150,10 +156,38 @@ impl BoringTunnel {
         self.update_timers(&mut scratch, now).is_some_and(is_initiation)
     }
 
+    fn initiate<'a>(&mut self, dst: &'a mut [u8]) -> Option<&'a [u8]> {
+        let TunnResult::WriteToNetwork(datagram) = self.tunn.format_handshake_initiation(dst, true) else {
+            return None;
+        };
+        self.note_initiation(datagram);
+        Some(datagram)
+    }
+
+    fn note_initiation(&mut self, datagram: &[u8]) {
+        if is_initiation(datagram) {
+            self.initiations = [index_at(datagram, 4), self.initiations[0]];
+        }
+    }
+
+    /// A later initiation than this response's was answered already, or none of ours has its index.
+    fn is_superseded(&self, response: &[u8]) -> bool {
+        !self.initiations.contains(&index_at(response, 8))
+    }
+
+    /// This response made the newest session: what was asked before it needs no answer any more.
+    fn note_answered(&mut self, response: &[u8]) {
+        let unanswered = self.initiations[0].filter(|last| index_at(response, 8) != Some(*last));
+        self.initiations = [unanswered, None];
+    }
+
     fn update_timers<'a>(&mut self, dst: &'a mut [u8], now: Instant) -> Option<&'a [u8]> {
         self.ticked = now;
         match self.tunn.update_timers(dst) {
-            TunnResult::WriteToNetwork(datagram) => Some(datagram),
+            TunnResult::WriteToNetwork(datagram) => {
+                self.note_initiation(datagram);
+                Some(datagram)
+            }
             TunnResult::Err(WireGuardError::ConnectionExpired) => {
                 self.longest_queued = None;
                 None
@@ -184,11 +218,10 @@ impl Tunnel for BoringTunnel {
         }
         self.longest_queued = Some(self.longest_queued.unwrap_or(0).max(packet.len()));
         if written > 0 {
+            self.note_initiation(&dst[..written]);
             return Sealed::Handshake(&dst[..written]);
         }
-        if initiation_lost
-            && let TunnResult::WriteToNetwork(datagram) = self.tunn.format_handshake_initiation(dst, true)
-        {
+        if initiation_lost && let Some(datagram) = self.initiate(dst) {
             return Sealed::Handshake(datagram);
         }
         Sealed::Queued
@@ -200,11 +233,15 @@ impl Tunnel for BoringTunnel {
             return Opened::Dropped(DropReason::ShortBuffer);
         }
         self.tick(now);
+        if kind == RESPONSE && self.is_superseded(datagram) {
+            return Opened::Dropped(DropReason::NoSession);
+        }
         let opened = match self.tunn.decapsulate(Some(source), datagram, dst) {
             TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => Opened::Packet(packet),
             TunnResult::WriteToNetwork(reply) if kind == RESPONSE && reply[0] == DATA => {
                 self.established = Some(now);
                 self.unconfirmed = None;
+                self.note_answered(datagram);
                 Opened::Established(Some(reply))
             }
             TunnResult::WriteToNetwork(reply) => {
@@ -258,10 +295,7 @@ impl Tunnel for BoringTunnel {
             return None;
         }
         self.tick(now);
-        match self.tunn.format_handshake_initiation(dst, true) {
-            TunnResult::WriteToNetwork(datagram) => Some(datagram),
-            _ => None,
-        }
+        self.initiate(dst)
     }
 
     fn since_handshake(&self, now: Instant) -> Option<Duration> {

@@ -15,6 +15,7 @@ use std::path::Path;
 use mesh_proto::device::Family;
 use rtnetlink::Handle;
 
+use super::routes::batch::{self, Change};
 use super::rp_filter::Loosened;
 use super::{ApplyError, Netlink, doing, link, nft, routes, rules, wireguard};
 use crate::state;
@@ -91,12 +92,9 @@ pub fn unmark(state_dir: &Path) -> Result<(), ApplyError> {
 async fn remove_routes(handle: &Handle) -> Result<Option<String>, ApplyError> {
     let listed = routes::dump(handle).await.map_err(doing(|| "list the routes".into()))?;
     let count = listed.len();
-    let mut result = Ok(());
-    for message in listed {
-        let removed = routes::delete(handle, routes::for_removal(message)).await;
-        result = result.and(removed);
-    }
-    result.map_err(doing(|| "remove the routes of table 818".into()))?;
+    let removals: Vec<Change> = listed.into_iter().map(|route| Change::Delete(routes::for_removal(route))).collect();
+    let removed = batch::carry_out(&removals).await.and_then(|results| results.into_iter().collect::<io::Result<()>>());
+    removed.map_err(doing(|| "remove the routes of table 818".into()))?;
     Ok((count > 0).then(|| format!("{count} routes of table 818")))
 }
 

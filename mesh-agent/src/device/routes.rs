@@ -17,7 +17,9 @@ use netlink_packet_route::route::{
 };
 use rtnetlink::Handle;
 
-use super::{accept, collect};
+use super::collect;
+
+pub(super) mod batch;
 
 /// Every network namespace makes its loopback first; reject routes of IPv6 stand on it.
 const LOOPBACK: u32 = 1;
@@ -97,14 +99,6 @@ pub(super) async fn dump(handle: &Handle) -> io::Result<Vec<RouteMessage>> {
         }
     }
     Ok(all)
-}
-
-pub(super) async fn add(handle: &Handle, message: RouteMessage) -> io::Result<()> {
-    accept(handle.route().add(message).replace().execute().await, &[libc::EEXIST])
-}
-
-pub(super) async fn delete(handle: &Handle, message: RouteMessage) -> io::Result<()> {
-    accept(handle.route().del(message).execute().await, &[libc::ESRCH, libc::ENOENT, libc::ENODEV])
 }
 
 /// The request that adds or deletes `route`; `None` for a foreign one.

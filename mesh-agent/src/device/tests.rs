@@ -10,7 +10,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use mesh_proto::device::RouteKind;
+use mesh_proto::device::{Route, RouteKind};
 use netlink_packet_route::route::{RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags};
 use rtnetlink::{IpVersion, LinkUnspec, LinkVeth, RouteMessageBuilder};
@@ -95,6 +95,52 @@ fn what_is_applied_is_what_is_observed_also_the_second_time() {
         apply_all(&mut device, &routes_of_all_shapes()).await;
         assert_eq!(device.observe().await.unwrap(), first);
         assert_eq!(lab.snapshot().await, snapshot);
+    });
+}
+
+#[test]
+fn of_many_routes_at_once_each_refusal_is_told_and_the_others_are_done_in_order() {
+    in_namespace("of_many_routes_at_once", async |lab| {
+        let (mut device, _tun) = lab.device_with_link().await;
+        apply_all(&mut device, &BTreeSet::new()).await;
+        // No address of this host: the kernel refuses it as a source.
+        let refused = |number: usize| number.is_multiple_of(7);
+        let route = |number: usize, mtu| {
+            let source = if refused(number) { "198.51.100.1" } else { "198.19.0.7" };
+            let kind = RouteKind::Dev { mtu, source: Some(source.parse().unwrap()) };
+            Route { prefix: net(&format!("10.{}.{}.0/24", number / 256, number % 256)), kind }
+        };
+        let add = |mtu| move |number| Action::AddRoute(route(number, mtu));
+        let steps: Vec<Action> = (0..300).map(add(None)).collect();
+        let wanted = |mtu| (0..300).filter(|number| !refused(*number)).map(move |number| route(number, mtu));
+        for again in 0..2 {
+            let results = device.apply_routes(&steps).await;
+            assert_eq!(results.len(), steps.len());
+            for (number, result) in results.iter().enumerate() {
+                let text = result.as_ref().map_err(ToString::to_string);
+                let is_right = match text {
+                    Ok(()) => !refused(number),
+                    Err(text) => {
+                        refused(number) && text.contains(&format!("10.{}.{}.0/24", number / 256, number % 256))
+                    }
+                };
+                assert!(is_right, "{again}, {number}: {result:?}");
+            }
+            assert_eq!(device.observe().await.unwrap().routes, wanted(None).collect());
+        }
+
+        // Each replaced by another: what was there goes first, as steps come.
+        let good: Vec<usize> = (0..300).filter(|number| !refused(*number)).collect();
+        let removals = good.iter().map(|number| Action::RemoveRoute(route(*number, None)));
+        let steps: Vec<Action> = removals.chain(good.iter().copied().map(add(Some(1300)))).collect();
+        assert!(device.apply_routes(&steps).await.iter().all(Result::is_ok));
+        assert_eq!(device.observe().await.unwrap().routes, wanted(Some(1300)).collect());
+        // What is gone already is no error.
+        let steps: Vec<Action> = good.iter().map(|number| Action::RemoveRoute(route(*number, Some(1300)))).collect();
+        for _ in 0..2 {
+            assert!(device.apply_routes(&steps).await.iter().all(Result::is_ok));
+        }
+        assert_eq!(device.observe().await.unwrap().routes, BTreeSet::new());
     });
 }
 

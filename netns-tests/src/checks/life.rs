@@ -1,25 +1,23 @@
 //! Steps that tests of life and death share: what a node without an agent has, and traffic that never stops.
 
 use std::{
-    io::ErrorKind,
     net::IpAddr,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     route::RouteType,
     rule::{RuleAttribute, RuleMessage},
 };
-use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 
 use super::EVERY;
 use crate::{
     Host, Marker, Mesh, Snapshot,
     link::table_of,
     mesh::{MESH_LINK, MESH_RULE, MESH_TABLE, node::Node},
+    monitor::{Monitor, What},
     snapshot::{Kind, in_words},
     traffic::EchoStream,
     wait,
@@ -29,10 +27,6 @@ use crate::{
 const LINK_GONE_WITHIN: Duration = Duration::from_secs(2);
 /// From the end of an agent's session to no trace of the agent.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
-/// Numbers of `linux/rtnetlink.h`: changes of routes and rules, IPv4 and IPv6.
-const GROUPS: [u32; 4] = [7, 11, 8, 19];
-/// Netlink messages are aligned to this.
-const ALIGNED: usize = 4;
 
 /// Lets time pass that belongs to the scenario, for example until a random moment.
 pub fn pass(duration: Duration) -> Result<()> {
@@ -83,58 +77,45 @@ pub fn wait_connected(node: &Node, within: Duration) -> Result<Duration> {
 #[derive(Debug)]
 pub struct FloorWatch {
     host: Host,
-    socket: Socket,
+    monitor: Monitor,
 }
 
 impl FloorWatch {
     pub fn start(node: &Node) -> Result<Self> {
-        let socket = node.host.inside(|| {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.bind_auto()?;
-            GROUPS.iter().try_for_each(|group| socket.add_membership(*group))?;
-            socket.set_non_blocking(true)?;
-            Ok(socket)
-        })?;
-        let watch = Self { host: node.host.clone(), socket };
-        ensure!(watch.floor()? > 0, "{} has no floor to watch", node.name());
+        let watch = Self { host: node.host.clone(), monitor: Monitor::start(&node.host)? };
+        ensure!(floor(&watch.host)? > 0, "{} has no floor to watch", node.name());
         Ok(watch)
     }
 
-    /// How many changes there were; none of them took a route of the floor or a rule away.
+    /// How many changes of routes and rules there were; none of them took a route of the floor or a rule away.
     pub fn stop(self) -> Result<usize> {
         let mut changes = 0;
-        loop {
-            let datagram = match self.socket.recv_from_full() {
-                Ok((datagram, _)) => datagram,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error).context("changes were missed"),
-            };
-            let mut rest = datagram.as_slice();
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)?;
-                let length = message.header.length as usize;
-                match message.payload {
-                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route))
-                        if route.header.kind == RouteType::Unreachable && table_of(&route) == MESH_TABLE =>
-                    {
-                        bail!("{} lost a route of its floor: {:?}", self.host.name(), route.attributes)
-                    }
-                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRule(rule)) if is_of_mesh(&rule) => {
-                        bail!("{} lost its rule: {:?}", self.host.name(), rule.attributes)
-                    }
-                    _ => changes += 1,
+        for change in self.monitor.stop()? {
+            let What::Network(message) = change.what else { continue };
+            match *message {
+                RouteNetlinkMessage::DelRoute(route)
+                    if route.header.kind == RouteType::Unreachable && table_of(&route) == MESH_TABLE =>
+                {
+                    bail!("{} lost a route of its floor: {:?}", self.host.name(), route.attributes)
                 }
-                rest = rest.get(length.next_multiple_of(ALIGNED)..).unwrap_or_default();
+                RouteNetlinkMessage::DelRule(rule) if is_of_mesh(&rule) => {
+                    bail!("{} lost its rule: {:?}", self.host.name(), rule.attributes)
+                }
+                RouteNetlinkMessage::NewRoute(_)
+                | RouteNetlinkMessage::DelRoute(_)
+                | RouteNetlinkMessage::NewRule(_)
+                | RouteNetlinkMessage::DelRule(_) => changes += 1,
+                _ => {}
             }
         }
-        ensure!(self.floor()? > 0, "{} has no floor any more", self.host.name());
+        ensure!(floor(&self.host)? > 0, "{} has no floor any more", self.host.name());
         Ok(changes)
     }
+}
 
-    fn floor(&self) -> Result<usize> {
-        let routes = self.host.routes(MESH_TABLE)?;
-        Ok(routes.iter().filter(|route| route.header.kind == RouteType::Unreachable).count())
-    }
+fn floor(host: &Host) -> Result<usize> {
+    let routes = host.routes(MESH_TABLE)?;
+    Ok(routes.iter().filter(|route| route.header.kind == RouteType::Unreachable).count())
 }
 
 fn is_of_mesh(rule: &RuleMessage) -> bool {

@@ -101,9 +101,11 @@ impl Bench {
             Pair::SameNat(kind) => ([kind, Kind::Open], LAST.map(|last| Place { site: 0, last })),
         };
         self.place(&kinds, &places)?;
-        self.start(2)?;
         if let Pair::SameNat(_) = pair {
+            self.start_in_turn(2)?;
             self.start_again_on_own_ports(2, [0, 1])?;
+        } else {
+            self.start(2)?;
         }
         self.wait_until_idle(2)
     }
@@ -165,6 +167,24 @@ impl Bench {
     pub fn start(&mut self, nodes: usize) -> Result<()> {
         self.found_cluster()?;
         self.nodes.iter_mut().take(nodes).try_for_each(Node::start)
+    }
+
+    /// Starts the first `nodes` as a new cluster, each when the one before knows its mapping: for two hosts with one port behind
+    /// one router.
+    ///
+    /// Their first datagrams at one instant would both be given that port outside. The kernel then refuses the later flow, and
+    /// the rules, which see a datagram before it is refused, would go on to ask for the same port.
+    pub fn start_in_turn(&mut self, nodes: usize) -> Result<()> {
+        self.found_cluster()?;
+        for node in self.nodes.iter_mut().take(nodes) {
+            node.start()?;
+            let what = format!("{} to know its mapping", node.name());
+            let known = wait::until_or_dead(&what, READY_WITHIN, node, Node::check_running, |node| {
+                Ok(node.status_json()?.pointer("/node/net/v4/seen_at/0").map(drop))
+            });
+            node.explain(known)?;
+        }
+        Ok(())
     }
 
     /// The first `nodes` know each other, have found out about their places, and no tunnel is up.

@@ -119,7 +119,7 @@ pub fn relay_restart(bench: &mut Bench) -> Result<Outcome> {
 /// third. The gap is the longer time to direct.
 pub fn same_port_behind_one_nat(bench: &mut Bench) -> Result<Outcome> {
     bench.place(&[Kind::EimApdf, Kind::EimApdf], &[LEFT, RIGHT, SECOND])?;
-    bench.start(3)?;
+    bench.start_in_turn(3)?;
     let moved = bench.start_again_on_own_ports(3, [0, 2])?;
     bench.wait_until_idle(3)?;
     let mut outcome = Outcome { gap: Duration::ZERO, bound: DIRECT_P95, lost: 0 };

@@ -33,6 +33,8 @@ pub fn run<T: Tunnel>(mut make: impl FnMut(Pairing) -> (T, T)) {
     junk_is_dropped(fresh(Pairing::Matching));
     a_short_buffer_loses_nothing_but_its_input(fresh(Pairing::Matching));
     a_restarted_handshake_takes_over_without_loss(fresh(Pairing::Matching));
+    a_late_response_to_the_initiation_before_is_good(fresh(Pairing::Matching));
+    a_late_response_never_displaces_a_newer_session(fresh(Pairing::Matching));
     both_ends_may_initiate_at_once(fresh(Pairing::Matching));
     nothing_opens(fresh(Pairing::DifferentPsk));
     nothing_opens(fresh(Pairing::WrongKey));
@@ -285,6 +287,30 @@ fn a_restarted_handshake_takes_over_without_loss<T: Tunnel>(mut ends: [End<T>; 2
     assert_eq!(b.open(&datagram), Got::Packet(packet(3, 40)));
     let datagram = b.seal_data(&packet(4, 40));
     assert_eq!(a.open(&datagram), Got::Packet(packet(4, 40)));
+}
+
+fn a_late_response_to_the_initiation_before_is_good<T: Tunnel>([mut a, mut b]: [End<T>; 2]) {
+    let first = a.start();
+    let late = b.reply(&first);
+    a.start();
+    let Got::Established(Some(confirm)) = a.open(&late) else { panic!("the response was only late") };
+    assert_eq!(b.open(&confirm), Got::Keepalive);
+    let datagram = a.seal_data(&packet(1, 40));
+    assert_eq!(b.open(&datagram), Got::Packet(packet(1, 40)));
+    let datagram = b.seal_data(&packet(2, 40));
+    assert_eq!(a.open(&datagram), Got::Packet(packet(2, 40)));
+}
+
+fn a_late_response_never_displaces_a_newer_session<T: Tunnel>([mut a, mut b]: [End<T>; 2]) {
+    let first = a.start();
+    let late = b.reply(&first);
+    let second = a.start();
+    let response = b.reply(&second);
+    let Got::Established(Some(confirm)) = a.open(&response) else { panic!("the response to the last initiation") };
+    assert_eq!(b.open(&confirm), Got::Keepalive);
+    assert!(matches!(a.open(&late), Got::Dropped(_)), "the peer may have forgotten the session of the first");
+    // Its receiver index names the session.
+    assert_eq!(a.seal_data(&packet(1, 40))[4..8], confirm[4..8]);
 }
 
 fn both_ends_may_initiate_at_once<T: Tunnel>([mut a, mut b]: [End<T>; 2]) {

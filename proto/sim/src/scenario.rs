@@ -128,7 +128,7 @@ impl Scenario {
             .collect();
         let starts = (0..agents + strangers)
             .map(|index| match index % 12 {
-                11 => seconds(&mut random, 8, 18),
+                11 => seconds(&mut random, 6, 12),
                 _ => random.between(Duration::ZERO, Duration::from_secs(2)),
             })
             .collect();
@@ -136,7 +136,7 @@ impl Scenario {
         if options.sabotage.is_some() {
             // The broken host gets its chance to show it.
             let restart = Fault::AgentRestart { host: 0, lasts: Duration::from_secs(1) };
-            faults.push((Duration::from_secs(34), restart));
+            faults.push((Duration::from_secs(20), restart));
         }
         let end = |(at, fault): &(Duration, Fault)| *at + fault.lasts();
         let last_fault = faults.iter().map(end).max().unwrap_or_default();
@@ -278,7 +278,7 @@ fn faults(agents: usize, servers: usize, random: &mut SplitMix64) -> Vec<(Durati
     let host = |random: &mut SplitMix64| random.below(agents as u64) as usize;
     for server in 0..servers {
         let lasts = random.between(Duration::from_millis(200), Duration::from_secs(8));
-        faults.push((seconds(random, 4, 30), Fault::ServerDown { server, lasts }));
+        faults.push((seconds(random, 4, 16), Fault::ServerDown { server, lasts }));
     }
     for _ in 0..3 {
         let mut places: BTreeSet<Place> =
@@ -286,16 +286,16 @@ fn faults(agents: usize, servers: usize, random: &mut SplitMix64) -> Vec<(Durati
         if random.below(2) == 0 {
             places.insert(Place::Server(random.below(servers as u64) as usize));
         }
-        let lasts = seconds(random, 2, 15);
-        faults.push((seconds(random, 5, 25), Fault::Island { places, lasts }));
+        let lasts = seconds(random, 2, 10);
+        faults.push((seconds(random, 4, 14), Fault::Island { places, lasts }));
     }
     for _ in 0..agents.div_ceil(10) {
         let lasts = random.between(Duration::from_millis(100), Duration::from_secs(5));
         let restart = Fault::AgentRestart { host: host(random), lasts };
-        faults.push((seconds(random, 5, 35), restart));
+        faults.push((seconds(random, 4, 20), restart));
     }
     let leave = Fault::Leave { host: host(random), lasts: seconds(random, 3, 6) };
-    faults.push((seconds(random, 5, 30), leave));
+    faults.push((seconds(random, 4, 18), leave));
     for kind in 0..10 {
         let host = host(random);
         let damage = match kind % 5 {
@@ -305,7 +305,7 @@ fn faults(agents: usize, servers: usize, random: &mut SplitMix64) -> Vec<(Durati
             3 => Fault::ForeignRoute { host },
             _ => Fault::Moved { host },
         };
-        faults.push((seconds(random, 4, 38), damage));
+        faults.push((seconds(random, 4, 22), damage));
     }
     faults
 }

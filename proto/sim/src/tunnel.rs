@@ -25,6 +25,8 @@ pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Packets kept while there is no session.
 pub const MAX_QUEUED: usize = 256;
 
+const MAX_SESSIONS: usize = 8;
+
 const INIT: u8 = 1;
 const RESPONSE: u8 = 2;
 const DATA: u8 = 4;
@@ -65,13 +67,15 @@ pub struct ModelTunnel {
     handshakes: u64,
     seed: u64,
     initiated: Option<Initiated>,
+    /// The initiation before, whose response may be late: boringtun keeps as many.
+    initiated_before: Option<Initiated>,
     newest_sent: u64,
     newest_seen: u64,
-    current: Option<Session>,
-    /// The session before, for datagrams that are still under way.
-    previous: Option<Session>,
-    /// We answered; the peer has not used it yet.
-    next: Option<Session>,
+    /// By age. As many as boringtun keeps: what is under way on one that was left still opens, and one that we only answered
+    /// waits for the peer to use it.
+    sessions: VecDeque<Session>,
+    /// The local index of the one we send on.
+    current: Option<u32>,
     queue: VecDeque<Vec<u8>>,
     established: Option<Instant>,
     last_sent: Option<Instant>,
@@ -82,7 +86,7 @@ pub struct ModelTunnel {
     rekey: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Initiated {
     local_index: u32,
     nonce: u64,
@@ -127,11 +131,11 @@ impl ModelTunnel {
             handshakes: 0,
             seed,
             initiated: None,
+            initiated_before: None,
             newest_sent: 0,
             newest_seen: 0,
+            sessions: VecDeque::new(),
             current: None,
-            previous: None,
-            next: None,
             queue: VecDeque::new(),
             established: None,
             last_sent: None,
@@ -153,7 +157,8 @@ impl ModelTunnel {
         let stamp = u64::try_from(now.since_origin().as_nanos()).unwrap_or(u64::MAX).max(self.newest_sent + 1);
         self.newest_sent = stamp;
         let first_sent = self.initiated.as_ref().map_or(now, |initiated| initiated.first_sent);
-        self.initiated = Some(Initiated { local_index, nonce, first_sent, sent: now });
+        let initiated = Initiated { local_index, nonce, first_sent, sent: now };
+        self.initiated_before = self.initiated.replace(initiated).or(self.initiated_before);
         self.last_sent = Some(now);
         self.rekey = false;
         let message = &mut dst[..INIT_LEN];
@@ -180,7 +185,7 @@ impl ModelTunnel {
         let (local_index, nonce) = self.begin_handshake();
         let secret = self.secret(read_u64(init, 80), nonce);
         let remote_index = read_u32(init, 4);
-        self.next = Some(Session::new(local_index, remote_index, secret, now, false));
+        self.keep(Session::new(local_index, remote_index, secret, now, false));
         self.last_sent = Some(now);
         let message = &mut dst[..RESPONSE_LEN];
         message.fill(0);
@@ -195,7 +200,9 @@ impl ModelTunnel {
 
     fn establish<'a>(&mut self, response: &[u8], dst: &'a mut [u8], now: Instant) -> Opened<'a> {
         let receiver = read_u32(response, 8);
-        let Some(initiated) = self.initiated.as_ref().filter(|initiated| initiated.local_index == receiver) else {
+        let is_answered = |initiated: &Initiated| initiated.local_index == receiver;
+        let initiated = [self.initiated, self.initiated_before].into_iter().flatten().find(is_answered);
+        let Some(initiated) = initiated else {
             return Opened::Dropped(DropReason::NoSession);
         };
         let secret = self.secret(initiated.nonce, read_u64(response, 44));
@@ -203,8 +210,11 @@ impl ModelTunnel {
             return Opened::Dropped(DropReason::Invalid);
         }
         let session = Session::new(receiver, read_u32(response, 4), secret, now, true);
-        self.initiated = None;
-        self.previous = self.current.replace(session);
+        // What was asked before needs no answer any more: the older session would take the place of the newer one.
+        self.initiated_before = None;
+        self.initiated = self.initiated.filter(|initiated| !is_answered(initiated));
+        self.keep(session);
+        self.current = Some(receiver);
         self.established = Some(now);
         self.unanswered = None;
         Opened::Established(self.send(&[], dst, now))
@@ -212,8 +222,8 @@ impl ModelTunnel {
 
     fn receive<'a>(&mut self, datagram: &[u8], dst: &'a mut [u8], now: Instant) -> Opened<'a> {
         let receiver = read_u32(datagram, 4);
-        let sessions = [&mut self.current, &mut self.previous, &mut self.next];
-        let Some(session) = sessions.into_iter().flatten().find(|session| session.local_index == receiver) else {
+        let current = self.current().map(|session| (session.local_index, session.created));
+        let Some(session) = self.sessions.iter_mut().find(|session| session.local_index == receiver) else {
             return Opened::Dropped(DropReason::NoSession);
         };
         let counter = read_u64(datagram, 8);
@@ -226,8 +236,8 @@ impl ModelTunnel {
         }
         let rekey_age = REJECT_AFTER_TIME - KEEPALIVE_TIMEOUT - REKEY_TIMEOUT;
         self.rekey |= session.initiator && now.since(session.created) >= rekey_age;
-        if self.next.as_ref().is_some_and(|next| next.local_index == receiver) {
-            self.previous = std::mem::replace(&mut self.current, self.next.take());
+        if current.is_none_or(|(index, created)| index != receiver && session.created >= created) {
+            self.current = Some(receiver);
             self.established = Some(now);
         }
         self.unanswered = None;
@@ -242,7 +252,8 @@ impl ModelTunnel {
 
     /// Sends on the current session; `None` without one.
     fn send<'a>(&mut self, packet: &[u8], dst: &'a mut [u8], now: Instant) -> Option<&'a [u8]> {
-        let session = self.current.as_mut()?;
+        let current = self.current?;
+        let session = self.sessions.iter_mut().find(|session| session.local_index == current)?;
         let counter = session.sent;
         session.sent += 1;
         let message = &mut dst[..packet.len() + OVERHEAD];
@@ -262,11 +273,18 @@ impl ModelTunnel {
     }
 
     fn expire(&mut self, now: Instant) {
-        for session in [&mut self.current, &mut self.previous, &mut self.next] {
-            if session.as_ref().is_some_and(|session| now.since(session.created) >= REJECT_AFTER_TIME) {
-                *session = None;
-            }
+        self.sessions.retain(|session| now.since(session.created) < REJECT_AFTER_TIME);
+    }
+
+    fn keep(&mut self, session: Session) {
+        if self.sessions.len() >= MAX_SESSIONS {
+            self.sessions.pop_front();
         }
+        self.sessions.push_back(session);
+    }
+
+    fn current(&self) -> Option<&Session> {
+        self.sessions.iter().find(|session| Some(session.local_index) == self.current)
     }
 
     fn secret(&self, initiator_nonce: u64, responder_nonce: u64) -> u64 {
@@ -281,7 +299,7 @@ impl Tunnel for ModelTunnel {
             return Sealed::Dropped(DropReason::ShortBuffer);
         }
         self.expire(now);
-        if self.current.is_some() {
+        if self.current().is_some() {
             return match self.send(packet, dst, now) {
                 Some(datagram) => Sealed::Data(datagram),
                 None => Sealed::Dropped(DropReason::NoSession),
@@ -308,7 +326,7 @@ impl Tunnel for ModelTunnel {
 
     fn flush<'a>(&mut self, dst: &'a mut [u8], now: Instant) -> Option<&'a [u8]> {
         self.expire(now);
-        self.current.as_ref()?;
+        self.current()?;
         if dst.len() < (self.queue.front()?.len() + OVERHEAD).max(MIN_BUFFER) {
             return None;
         }
@@ -337,7 +355,7 @@ impl Tunnel for ModelTunnel {
         let silent = self.keepalive.is_some_and(|keepalive| self.last_sent.is_none_or(|at| now.since(at) >= keepalive));
         if silent || overdue(self.owed, KEEPALIVE_TIMEOUT) {
             self.owed = None;
-            if self.current.is_some() {
+            if self.current().is_some() {
                 return self.send(&[], dst, now);
             }
             if silent && self.initiated.is_none() {
@@ -351,7 +369,7 @@ impl Tunnel for ModelTunnel {
         if dst.len() < MIN_BUFFER {
             return None;
         }
-        self.initiated = None;
+        self.initiated_before = self.initiated.take().or(self.initiated_before);
         Some(self.initiate(dst, now))
     }
 

@@ -51,6 +51,8 @@ pub use view::{PeerView, ServerView, View};
 
 /// Records come in bursts: what follows from them is worked out once per burst.
 const SETTLE: Duration = Duration::from_millis(5);
+/// The same while a server tells all it lists: the end of that is worth waiting for, unless it is slow.
+const LISTING_SETTLE: Duration = Duration::from_millis(200);
 /// Pause after steps that failed on the host; doubles up to [`RECONCILE_INTERVAL`].
 const RETRY_FAILED_STEPS: Duration = Duration::from_secs(1);
 /// How long a floor of the last run waits for its member after the first snapshot: a server that restarted hears of a member
@@ -595,7 +597,7 @@ impl Agent {
         }
         self.send_probes(now);
         let mut has_silent_path = false;
-        for key in std::mem::take(&mut self.stirred) {
+        while let Some(key) = self.stirred.pop_first() {
             while let Some(event) = self.paths.poll_event(&key) {
                 match event {
                     PathEvent::Route(route) => self.events.push_back(AgentEvent::SetRoute(key, route)),
@@ -603,7 +605,7 @@ impl Agent {
                     PathEvent::OpenSockets { family, count } => {
                         self.events.push_back(AgentEvent::OpenSockets { peer: key, family, count });
                     }
-                    PathEvent::CloseSockets(sockets) => self.events.push_back(AgentEvent::CloseSockets(sockets)),
+                    PathEvent::CloseSockets(left) => self.leave_sockets(&key, left, now),
                     PathEvent::FellSilent => has_silent_path = true,
                 }
             }

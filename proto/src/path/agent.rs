@@ -9,7 +9,7 @@
 //! data goes out twice; without a relay the last path is kept and handshakes go to every address; a peer that nobody talks to
 //! costs nothing.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -51,7 +51,8 @@ pub enum PathEvent {
         family: Family,
         count: u16,
     },
-    CloseSockets(Vec<SocketId>),
+    /// This path needs them no more.
+    CloseSockets(BTreeSet<SocketId>),
     /// The direct path that carried answers no more: perhaps our own NAT forgot it.
     FellSilent,
 }

@@ -106,6 +106,7 @@ impl PathAgent {
         let asked = self.tracks.iter().find(|(to, track)| fits(to) && track.awaits(id)).map(|(to, _)| *to);
         let Some(to) = asked else { return };
         let Some(answered) = self.track(to).answered(id, now) else { return };
+        self.track(to).answered_from = Some(from).filter(|from| *from != to);
         if let Some(size) = answered.mtu {
             self.track(to).mtu.answered(size, now);
         }

@@ -164,6 +164,18 @@ impl PathAgent {
         self.guessing.sockets.iter().copied()
     }
 
+    /// Another path opened these sockets and needs them no more: gives those that became this one's own since it needs them.
+    ///
+    /// A NAT that filters nothing lets a peer in by a socket that was opened for its neighbour at the same public address.
+    pub fn adopt_sockets(&mut self, left: &BTreeSet<SocketId>, now: Instant) -> BTreeSet<SocketId> {
+        let adopted = self.needed(left, now);
+        if !adopted.is_empty() {
+            self.guessing.sockets.extend(&adopted);
+            self.settle(now);
+        }
+        adopted
+    }
+
     /// A probe of the guessing, which has a budget of its own.
     pub fn poll_guess(&mut self) -> Option<ProbeTransmit> {
         self.guessing.probes.pop_front()
@@ -363,20 +375,8 @@ impl PathAgent {
         if self.guessing.sockets.is_empty() || matches!(self.guessing.stage, Stage::Running(_)) {
             return;
         }
-        let used = [self.primary, self.before.map(|before| before.endpoint), self.route().second];
-        let is_used = |socket: SocketId| used.iter().flatten().any(|endpoint| endpoint.socket() == Some(socket));
-        let mut heard: Vec<(Instant, SocketId)> = self
-            .guessing
-            .sockets
-            .iter()
-            .filter_map(|socket| Some((self.heard_on(*socket)?, *socket)))
-            .filter(|(at, _)| now.since(*at) < HEARD)
-            .collect();
-        heard.sort_unstable_by(|a, b| b.cmp(a));
-        heard.truncate(MAX_KEPT);
-        let is_kept = |socket: SocketId| is_used(socket) || heard.iter().any(|(_, kept)| *kept == socket);
-        let (kept, closed): (BTreeSet<_>, BTreeSet<_>) =
-            self.guessing.sockets.iter().copied().partition(|socket| is_kept(*socket));
+        let kept = self.needed(&self.guessing.sockets, now);
+        let closed: BTreeSet<SocketId> = self.guessing.sockets.difference(&kept).copied().collect();
         if closed.is_empty() {
             return;
         }
@@ -384,7 +384,17 @@ impl PathAgent {
         let is_gone = |endpoint: Endpoint| endpoint.socket().is_some_and(|socket| closed.contains(&socket));
         self.tracks.retain(|endpoint, _| !is_gone(*endpoint));
         self.last_proven = self.last_proven.filter(|endpoint| !is_gone(*endpoint));
-        self.events.push_back(PathEvent::CloseSockets(closed.into_iter().collect()));
+        self.events.push_back(PathEvent::CloseSockets(closed));
+    }
+
+    /// Of these those in use, and the few on which something came a moment ago.
+    fn needed(&self, sockets: &BTreeSet<SocketId>, now: Instant) -> BTreeSet<SocketId> {
+        let used = [self.primary, self.before.map(|before| before.endpoint), self.route().second];
+        let used = used.into_iter().flatten().filter_map(Endpoint::socket).filter(|socket| sockets.contains(socket));
+        let heard = sockets.iter().filter_map(|socket| Some((self.heard_on(*socket)?, *socket)));
+        let mut heard: Vec<(Instant, SocketId)> = heard.filter(|(at, _)| now.since(*at) < HEARD).collect();
+        heard.sort_unstable_by(|a, b| b.cmp(a));
+        used.chain(heard.into_iter().take(MAX_KEPT).map(|(_, socket)| socket)).collect()
     }
 
     fn heard_on(&self, socket: SocketId) -> Option<Instant> {

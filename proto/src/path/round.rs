@@ -30,7 +30,7 @@ type Schedule = [(u64, bool); MAX_PROBES];
 const OPEN_ADDRESS: Schedule = schedule([0, 100, 250, 500, 1000, 2000, 3000, 4000, 5000, 6000, 7000, 8000], 0);
 const BEHIND_NAT: Schedule = schedule([0, 120, 250, 450, 750, 1250, 2250, 3250, 4250, 5250, 6250, 7250], 2);
 /// When the peer is called, until it is heard: over QUIC a relay may lose a message.
-const CALLS: [u64; 3] = [0, 300, 1000];
+const CALLS: [u64; 5] = [0, 300, 1000, 2000, 3500];
 
 const fn schedule(millis: [u64; MAX_PROBES], openers: usize) -> Schedule {
     let mut schedule = [(0, false); MAX_PROBES];

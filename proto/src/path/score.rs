@@ -34,6 +34,9 @@ impl Tier {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Score {
     pub tier: Tier,
+    /// Answers come from where the questions went. Where they come from elsewhere nothing the peer sends keeps its NAT open
+    /// for us: RFC 8445, section 7.2.5.2.1, has no use for such a path, and it is taken here for want of another.
+    pub is_symmetric: bool,
     pub rtt: Duration,
     pub is_v6: bool,
 }
@@ -44,14 +47,17 @@ const V6_BONUS: Duration = Duration::from_millis(3);
 const MIN_GAIN: Duration = Duration::from_millis(5);
 
 impl Score {
-    pub fn new(tier: Tier, rtt: Duration, at: Option<SocketAddr>) -> Self {
-        Self { tier, rtt, is_v6: at.is_some_and(|at| at.is_ipv6()) }
+    pub fn new(tier: Tier, is_symmetric: bool, rtt: Duration, at: Option<SocketAddr>) -> Self {
+        Self { tier, is_symmetric, rtt, is_v6: at.is_some_and(|at| at.is_ipv6()) }
     }
 
     /// Whether it is worth leaving `current`, which works, for this one.
     pub fn is_worth_leaving(&self, current: &Self) -> bool {
         if self.tier != current.tier {
             return self.tier < current.tier;
+        }
+        if self.is_symmetric != current.is_symmetric {
+            return self.is_symmetric;
         }
         let (new, old) = (self.judged_rtt(), current.judged_rtt());
         new + MIN_GAIN <= old && new <= old * 4 / 5
@@ -67,7 +73,7 @@ mod tests {
     use super::*;
 
     fn score(tier: Tier, rtt_ms: u64, is_v6: bool) -> Score {
-        Score { tier, rtt: Duration::from_millis(rtt_ms), is_v6 }
+        Score { tier, is_symmetric: true, rtt: Duration::from_millis(rtt_ms), is_v6 }
     }
 
     #[test]
@@ -77,6 +83,15 @@ mod tests {
             assert!(score(*better, 300, false).is_worth_leaving(&score(*worse, 1, true)));
             assert!(!score(*worse, 1, true).is_worth_leaving(&score(*better, 300, false)));
         }
+    }
+
+    #[test]
+    fn within_a_tier_answers_from_elsewhere_are_worth_less_than_any_delay() {
+        let direct = score(Tier::Translated, 300, false);
+        let crooked = Score { is_symmetric: false, ..score(Tier::Translated, 1, true) };
+        assert!(direct.is_worth_leaving(&crooked) && !crooked.is_worth_leaving(&direct));
+        let crooked_lan = Score { tier: Tier::Lan, ..crooked };
+        assert!(crooked_lan.is_worth_leaving(&direct));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mesh_common::time::Instant;
 
+use crate::device::Endpoint;
 use crate::path::mtu::MtuSearch;
 
 /// Pings whose answers are waited for: a round's worth.
@@ -29,6 +30,8 @@ pub(super) struct Track {
     pub(super) last_pong: Option<Instant>,
     /// When the newest ping left that was answered.
     pub(super) proven_at: Option<Instant>,
+    /// Where the newest answer came from, when that was another address than was asked.
+    pub(super) answered_from: Option<Endpoint>,
     /// When the first ping left that should have been answered since the last answer.
     waiting_since: Option<Instant>,
     /// Anything authentic came from there.

@@ -241,15 +241,25 @@ impl PathAgent {
         self.tracks.get(&endpoint).is_some_and(is_trusted)
     }
 
+    /// Where answers come from that are asked for here, if that is elsewhere.
+    fn answered_from(&self, endpoint: Endpoint) -> Option<Endpoint> {
+        self.tracks.get(&endpoint)?.answered_from
+    }
+
     fn score(&self, endpoint: Endpoint) -> Score {
-        let rtt = self.tracks.get(&endpoint).and_then(Track::rtt).unwrap_or(Duration::MAX);
-        Score::new(self.tier_of(endpoint), rtt, endpoint.direct())
+        let track = self.tracks.get(&endpoint);
+        let rtt = track.and_then(Track::rtt).unwrap_or(Duration::MAX);
+        let is_symmetric = self.answered_from(endpoint).is_none();
+        Score::new(self.tier_of(endpoint), is_symmetric, rtt, endpoint.direct())
     }
 
     /// Somebody wants a path, and what is heard from may be a better one than what carries.
     pub(super) fn is_worth_asking(&self, endpoint: Endpoint, now: Instant) -> bool {
         let is_better = match self.primary.filter(|_| self.is_direct_trusted(now)) {
-            Some(primary) => primary == endpoint || self.tier_of(endpoint) < self.tier_of(primary),
+            Some(primary) => {
+                let answers = self.answered_from(primary) == Some(endpoint) && self.answered_from(endpoint).is_none();
+                primary == endpoint || answers || self.tier_of(endpoint) < self.tier_of(primary)
+            }
             None => true,
         };
         is_better && self.is_warm(now)
@@ -308,7 +318,7 @@ impl PathAgent {
         let trusted = self.tracks.keys().filter(|at| !at.is_relay() && self.is_trusted(**at, now)).copied();
         trusted.min_by_key(|at| {
             let score = self.score(*at);
-            (score.tier, score.rtt)
+            (score.tier, !score.is_symmetric, score.rtt)
         })
     }
 

@@ -40,6 +40,8 @@ const LAST_ARRIVALS: Duration = Duration::from_secs(2);
 const MAX_PROBES_A_SECOND: usize = 200;
 /// The same where ports are guessed: those of the pace, and the first to each known address.
 const MAX_GUESSES_A_SECOND: usize = 440;
+/// Two peers at one public address are guessed at one after the other, so one port twice; other probes do not pause so long.
+const GUESS_PAUSE: Duration = Duration::from_secs(2);
 const SECOND: Duration = Duration::from_secs(1);
 
 /// A broken rule.
@@ -157,10 +159,10 @@ pub(super) struct Judge {
     silent_since: Option<Instant>,
     addresses: BTreeMap<usize, BTreeSet<IpAddr>>,
     servers: BTreeSet<IpAddr>,
-    /// Probes of each host, and those of its guesses: the first one of any of its ports to any other.
+    /// Probes of each host, and those of its guesses: the first one of any of its ports to any other, in a while.
     probes: BTreeMap<(usize, bool), VecDeque<Instant>>,
-    /// Which port of which host has sent a probe where.
-    probed: BTreeSet<(usize, u16, SocketAddr)>,
+    /// When which port of which host sent its last probe where.
+    probed: BTreeMap<(usize, u16, SocketAddr), Instant>,
     summary: Summary,
 }
 
@@ -176,7 +178,7 @@ impl Judge {
             addresses: BTreeMap::new(),
             servers: BTreeSet::new(),
             probes: BTreeMap::new(),
-            probed: BTreeSet::new(),
+            probed: BTreeMap::new(),
             summary,
         }
     }
@@ -299,7 +301,8 @@ impl Judge {
         }
         let is_probe = bytes.first() == Some(&demux::PROBE);
         if is_probe {
-            let is_guess = self.probed.insert((host, port, to)) || port != LISTEN_PORT;
+            let before = self.probed.insert((host, port, to), now);
+            let is_guess = before.is_none_or(|before| now.since(before) >= GUESS_PAUSE) || port != LISTEN_PORT;
             let limit = if is_guess { MAX_GUESSES_A_SECOND } else { MAX_PROBES_A_SECOND };
             let probes = self.probes.entry((host, is_guess)).or_default();
             while probes.front().is_some_and(|at| now.since(*at) >= SECOND) {

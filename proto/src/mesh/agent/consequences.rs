@@ -113,7 +113,7 @@ impl Agent {
     /// One path agent a member, one route a static peer.
     fn sync_paths(&mut self, now: Instant) {
         let keys: BTreeSet<WgPublicKey> = self.peers.iter().map(|peer| peer.key).collect();
-        self.keep_paths(|key| keys.contains(key));
+        self.keep_paths(|key| keys.contains(key), now);
         self.preshared_keys.retain(|(key, _), _| keys.contains(key));
         let own = (self.identity.node_id(), self.wg_public);
         for peer in &self.peers {

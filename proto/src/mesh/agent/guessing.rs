@@ -2,6 +2,8 @@
 //!
 //! One pair at a time, whoever began it; and none while other paths hold as many sockets as a node keeps.
 
+use std::collections::BTreeSet;
+
 use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
 
@@ -45,14 +47,32 @@ impl Agent {
     }
 
     /// Paths of nodes that are no peers any more go, and their sockets with them.
-    pub(super) fn keep_paths(&mut self, is_kept: impl Fn(&WgPublicKey) -> bool) {
-        let events = &mut self.events;
+    pub(super) fn keep_paths(&mut self, is_kept: impl Fn(&WgPublicKey) -> bool, now: Instant) {
+        let mut left = Vec::new();
         self.paths.retain(|key, path| {
             let is_kept = is_kept(key);
             if !is_kept && path.sockets() > 0 {
-                events.push_back(AgentEvent::CloseSockets(path.open_sockets().collect()));
+                left.push((*key, path.open_sockets().collect()));
             }
             is_kept
         });
+        for (key, sockets) in left {
+            self.leave_sockets(&key, sockets, now);
+        }
+    }
+
+    /// The path of this peer needs these sockets no more: other paths may.
+    pub(super) fn leave_sockets(&mut self, owner: &WgPublicKey, mut left: BTreeSet<SocketId>, now: Instant) {
+        let others: Vec<WgPublicKey> = self.paths.keys().filter(|key| *key != owner).copied().collect();
+        for key in others {
+            let adopted = self.paths.with(&key, |path| path.adopt_sockets(&left, now)).unwrap_or_default();
+            if !adopted.is_empty() {
+                self.stirred.insert(key);
+            }
+            left.retain(|socket| !adopted.contains(socket));
+        }
+        if !left.is_empty() {
+            self.events.push_back(AgentEvent::CloseSockets(left.into_iter().collect()));
+        }
     }
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use mesh_common::id::ServerId;
 use mesh_common::time::Instant;
 
-use super::{Agent, AgentEvent, SETTLE, ServerFacts};
+use super::{Agent, AgentEvent, LISTING_SETTLE, SETTLE, ServerFacts};
 use crate::discovery::client::{Client, ClientConfig, ClientEvent, ClientState};
 use crate::mesh::members::Admission;
 
@@ -40,7 +40,7 @@ impl Agent {
                     tracing::info!(server = %name, members = self.members.iter().count(), "learned the members of the cluster");
                     self.synced_at = Some(now);
                     self.work_out_at(now);
-                } else if changed {
+                } else if changed || self.due.is_some() {
                     self.work_out_at(now + SETTLE);
                 }
             }
@@ -70,9 +70,11 @@ impl Agent {
     }
 
     fn handle_frame(&mut self, server: ServerId, bytes: Bytes, now: Instant) {
+        let is_listing = self.clients.get(&server).is_some_and(|client| client.state() == ClientState::Syncing);
+        let settle = if is_listing { LISTING_SETTLE } else { SETTLE };
         match self.members.admit_listed(bytes, server, now) {
             Ok((_, Admission::Known)) => {}
-            Ok((_, Admission::Listed { is_first: true })) => self.work_out_at(now + SETTLE),
+            Ok((_, Admission::Listed { is_first: true })) => self.work_out_at(now + settle),
             // Another relay may reach it: all that changes.
             Ok((node, Admission::Listed { is_first: false })) => self.sync_relays_to(&node, now),
             Ok((_, Admission::OwnIdentity { seq })) => self.handle_own_identity(seq, now),
@@ -86,7 +88,7 @@ impl Agent {
                     _ => tracing::debug!(node = %node.short(), ?host_name, "member updated"),
                 }
                 self.events.push_back(AgentEvent::StoreMembers);
-                self.work_out_at(now + SETTLE);
+                self.work_out_at(now + settle);
             }
             Err(rejection) => tracing::debug!(%rejection, "a record was not accepted"),
         }

@@ -17,6 +17,7 @@ use crate::mesh::settings::ServerSettings;
 use crate::sealed::{self, Opened};
 use crate::wire::frame::Frame;
 use crate::wire::record::{Candidate, CandidateKind, Record};
+use crate::wire::session::{Cursor, ServerMessage, Welcome};
 use crate::wire::stun;
 
 fn settings(servers: usize) -> Settings {
@@ -444,4 +445,71 @@ fn a_relay_over_its_limit_is_shown_as_long_as_it_is_met() {
     assert_eq!(detail(&agent, at(11)), None);
     refuse(&mut agent, ErrorCode::ServerFull, "max-connections", at(12));
     assert_eq!(detail(&agent, at(100)).as_deref(), Some("the server is full (max-connections)"));
+}
+
+/// A new agent with a session whose server is about to tell all it lists.
+fn listening(now: Instant) -> Agent {
+    let mut agent = fresh(settings(1));
+    agent.handle_observed(Observed::default(), now);
+    agent.handle_connected(ServerId(0), [0; 32], Vec::new(), now);
+    let welcome = Welcome {
+        server_instance: 1,
+        observed: "203.0.113.7:4000".parse().unwrap(),
+        stun_ports: Vec::new(),
+        slot_ttl: Duration::from_secs(60),
+        max_slots: 1024,
+        relay: false,
+        stun_alt: Vec::new(),
+    };
+    for message in [ServerMessage::Welcome(welcome), ServerMessage::Restart] {
+        agent.handle_message(ServerId(0), &message.encode(), now);
+    }
+    agent.handle_timeout(now);
+    agent
+}
+
+#[test]
+fn what_a_server_lists_is_worked_out_once_at_its_end_unless_that_takes_long() {
+    let start = at(1);
+    let frame = |agent: &Agent, seed| {
+        let other = Other::new(seed);
+        let frame = sealed::seal(&agent.keys, &other.identity, 1, Some(&other.record), [seed; 24]).unwrap();
+        ServerMessage::Frame(frame.as_bytes().clone()).encode()
+    };
+    for is_slow in [false, true] {
+        let mut agent = listening(start);
+        for (seed, after) in [(8, 0), (9, 10), (10, 20)] {
+            let now = start + Duration::from_millis(after);
+            let message = frame(&agent, seed);
+            agent.handle_message(ServerId(0), &message, now);
+            agent.handle_timeout(now + SETTLE);
+            assert!(agent.peers.is_empty(), "{after} ms");
+        }
+        if is_slow {
+            agent.handle_timeout(start + LISTING_SETTLE);
+        } else {
+            let end = ServerMessage::Synced(Cursor { server_instance: 1, version: 3 });
+            agent.handle_message(ServerId(0), &end.encode(), start + Duration::from_millis(30));
+        }
+        assert_eq!(agent.peers.len(), 3, "slow: {is_slow}");
+    }
+
+    // The same after a session was lost: of what is told anew, what is new.
+    let mut agent = listening(start);
+    let message = frame(&agent, 8);
+    agent.handle_message(ServerId(0), &message, start);
+    let end = |version| ServerMessage::Synced(Cursor { server_instance: 1, version }).encode();
+    agent.handle_message(ServerId(0), &end(1), start);
+    let again = at(5);
+    let messages = [ServerMessage::Restart.encode(), message, frame(&agent, 9), end(2)];
+    for message in messages {
+        agent.handle_message(ServerId(0), &message, again);
+    }
+    agent.handle_timeout(again + SETTLE);
+    assert_eq!(agent.peers.len(), 2);
+    // News come one at a time.
+    let message = frame(&agent, 10);
+    agent.handle_message(ServerId(0), &message, at(6));
+    agent.handle_timeout(at(6) + SETTLE);
+    assert_eq!(agent.peers.len(), 3);
 }

@@ -238,6 +238,23 @@ fn a_better_tier_takes_over_and_a_worse_one_does_not() {
 }
 
 #[test]
+fn the_address_that_answers_carries_rather_than_the_one_that_was_asked() {
+    let mut agent = carried();
+    agent.handle_probe(addr(8), &Probe::Ping { id: 1, heard: 0 }, at(70));
+    let asked: Vec<_> = std::iter::from_fn(|| agent.poll_transmit()).collect();
+    let Some(ProbeTransmit { to, probe: Probe::Ping { id, .. }, .. }) = asked.last() else { panic!("{asked:?}") };
+    assert_eq!(*to, addr(8));
+    agent.handle_probe(addr(9), &Probe::Pong { id: *id, heard: 0, observed: None }, at(100));
+    assert_eq!(agent.route().primary, Some(addr(8)), "better than none: its NAT has another mapping for answers");
+    agent.handle_probe(addr(9), &Probe::Ping { id: 2, heard: 0 }, at(110));
+    answer(&mut agent, addr(9), 0, at(140));
+    assert_eq!(agent.route().primary, Some(addr(9)));
+    agent.handle_probe(addr(8), &Probe::Ping { id: 3, heard: 0 }, at(150));
+    answer(&mut agent, addr(8), 0, at(151));
+    assert_eq!(agent.route().primary, Some(addr(9)), "a smaller delay does not bring it back");
+}
+
+#[test]
 fn a_ping_from_an_unknown_address_is_answered_and_pinged_back_once() {
     let mut agent = carried();
     agent.handle_probe(addr(9), &Probe::Ping { id: 77, heard: 0 }, at(70));

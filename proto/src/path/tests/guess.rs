@@ -1,10 +1,15 @@
 //! Ports guessed by chance, where nothing else finds a direct path.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use mesh_common::time::Instant;
+
 use super::pair::{Nat, Pair, millis};
-use crate::path::agent::PathPolicy;
+use crate::device::{Endpoint, SocketId};
+use crate::path::agent::{PathAgent, PathEvent, PathPolicy};
 use crate::path::hard::{MAX_KEPT, Turn};
+use crate::wire::probe::Probe;
 
 const MIXED: [Nat; 2] = [Nat::Hard, Nat::Easy];
 
@@ -102,6 +107,24 @@ fn a_host_without_room_for_sockets_says_so_and_stays_on_the_relay() {
     assert!(pair.is_relayed(0) && pair.sides[0].guesses.is_empty());
     let why = pair.sides[0].agent.view(pair.now).why_not_direct.unwrap();
     assert!(why.contains("no room for sockets"), "{why}");
+}
+
+#[test]
+fn a_socket_that_was_opened_for_a_neighbour_is_kept_while_this_peer_uses_it() {
+    let mut agent = PathAgent::new(1, PathPolicy::default());
+    let at = |seconds| Instant::from_origin(Duration::from_secs(seconds));
+    let peer = Endpoint::Extra(SocketId(3), ([192, 0, 2, 1], 51872).into());
+    agent.handle_probe(peer, &Probe::Ping { id: 1, heard: 0 }, at(10));
+    let left = BTreeSet::from([SocketId(3), SocketId(4)]);
+    assert_eq!(agent.adopt_sockets(&left, at(11)), BTreeSet::from([SocketId(3)]), "nothing came on the other");
+    let closed = |agent: &mut PathAgent| {
+        std::iter::from_fn(|| agent.poll_event()).any(|event| event == PathEvent::CloseSockets([SocketId(3)].into()))
+    };
+    agent.handle_timeout(at(12));
+    assert!(!closed(&mut agent));
+    agent.handle_timeout(at(16));
+    assert!(closed(&mut agent), "nothing has come for five seconds");
+    assert_eq!(agent.adopt_sockets(&left, at(17)), BTreeSet::new());
 }
 
 #[test]
