@@ -14,18 +14,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use data_encoding::BASE64;
 use ipnet::IpNet;
 use netns_tests::{
     Host, Lab, Monitor,
-    binaries::{BIN_DIR, Binaries},
+    binaries::Binaries,
     checks::life::pass,
-    isolation,
     link::{connect, destination, output_link, table_of},
     mesh::{MESH_LINK, MESH_TABLE, node::Node, server::Server as DiscoveryServer},
     monitor::Change,
-    wait,
+    program, wait,
 };
 use nix::unistd::Pid;
 use serde::Serialize;
@@ -127,10 +126,7 @@ impl ConvergeReport {
 
 /// Runs, prints, and says whether it was good.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let binaries = Binaries::find()?;
-    isolation::tun_available()
-        .and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())]))
-        .map_err(|why| anyhow!("the bench cannot run here: {why}\nhelp: {}", why.help()))?;
+    let binaries = program::enter("convergence")?;
     let mut converged = Converged::form(&binaries, args.peers)?;
     eprintln!("{}", converged.story());
     let resting = converged.begin_rest()?;

@@ -9,11 +9,7 @@ pub mod stream;
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Result, anyhow};
-use netns_tests::{
-    Lab,
-    binaries::{BIN_DIR, Binaries},
-    isolation,
-};
+use netns_tests::{Lab, program};
 use serde::Serialize;
 
 use crate::rival::{self, Rival};
@@ -98,10 +94,7 @@ impl SoakReport {
 
 /// Runs, prints, and says whether it was good.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let binaries = Binaries::find()?;
-    isolation::tun_available()
-        .and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())]))
-        .map_err(|why| anyhow!("the soak cannot run here: {why}\nhelp: {}", why.help()))?;
+    let binaries = program::enter("the soak")?;
     let rival = match &args.rival {
         RivalName::Known(name) => rival::by_name(name)?,
         RivalName::Own(rival) => rival.clone(),

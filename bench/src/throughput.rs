@@ -11,10 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use netns_tests::{
-    binaries::{BIN_DIR, Binaries},
-    isolation,
-};
+use netns_tests::{binaries::Binaries, program};
 
 use crate::{
     bed::Bed,
@@ -91,10 +88,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 
 /// Runs, prints, and says whether it was good.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let binaries = Binaries::find()?;
-    isolation::tun_available()
-        .and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())]))
-        .map_err(|why| anyhow::anyhow!("the bench cannot run here: {why}\nhelp: {}", why.help()))?;
+    let binaries = program::enter("the bench")?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let report = match args.peers {
         Some(count) => measure_peers(args, &binaries, &program, count)?,

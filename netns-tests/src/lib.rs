@@ -6,7 +6,8 @@
 //! them, [`traffic`], [`capture`], [`monitor`] and [`snapshot`] judge from outside, [`mesh`] puts a server and some nodes
 //! on sites, [`checks`] says what they must do, and [`demo`] is the newcomer's tour. [`nat`] puts routers with NAT and bad
 //! wires ([`impair`]) in between: [`matrix`] connects every kind with every other, [`roaming`] breaks what is connected. [`vm`]
-//! boots a machine whose kernel has WireGuard, and [`kernel`] is what agents that use it must do there.
+//! boots a machine whose kernel has WireGuard, and [`kernel`] is what agents that use it must do there. [`program`] is how
+//! each program of this crate begins and ends.
 //!
 //! Refuses to know the inside of the programs under test: it drives them through their command lines, their config
 //! files and packets. It runs no network tool (`ip`, `nft`, `wg`, `tcpdump`).
@@ -31,6 +32,7 @@ pub mod nat;
 pub mod nft;
 mod packet;
 pub mod process;
+pub mod program;
 pub mod proxy;
 pub mod roaming;
 pub mod snapshot;

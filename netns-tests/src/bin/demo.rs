@@ -2,11 +2,9 @@
 
 use std::process::ExitCode;
 
+use anyhow::Result;
 use clap::Parser;
-use netns_tests::{
-    binaries::{BIN_DIR, Binaries},
-    demo, isolation,
-};
+use netns_tests::{demo, program};
 
 /// Builds a mesh of three nodes in network namespaces of this machine, checks it, and removes it.
 #[derive(Parser)]
@@ -27,19 +25,11 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let binaries = match Binaries::find() {
-        Ok(binaries) => binaries,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            return ExitCode::FAILURE;
-        }
-    };
-    // No thread exists yet: this may replace the process by itself inside a user namespace.
-    if let Err(why) = isolation::tun_available().and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())])) {
-        eprintln!("error: the demo cannot run here: {why}\nhelp: {}", why.help());
-        return ExitCode::FAILURE;
-    }
+    program::run(|| work(Args::parse()))
+}
+
+fn work(args: Args) -> Result<bool> {
+    let binaries = program::enter("the demo")?;
     let options = demo::Options {
         json: args.json,
         keep: args.keep,
@@ -59,5 +49,5 @@ fn main() -> ExitCode {
             std::thread::park();
         }
     }
-    if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    Ok(report.ok())
 }

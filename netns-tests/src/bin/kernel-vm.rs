@@ -8,6 +8,7 @@ use clap::Parser;
 use netns_tests::{
     binaries::Binaries,
     kernel::{self, MODULES, Options, report::Report},
+    program,
     vm::{self, Job},
 };
 
@@ -31,21 +32,15 @@ const WITHIN: Duration = Duration::from_secs(900);
 const MEMORY_MIB: u32 = 1536;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let report = if args.inside { inside(&args) } else { outside(&args) };
-    match report {
-        Ok(report) => {
-            let ok = report.passed(&args.only);
-            if args.json || args.inside {
-                println!("{}", report.json());
-            }
-            if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-        }
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
+    program::run(|| work(&Args::parse()))
+}
+
+fn work(args: &Args) -> Result<bool> {
+    let report = if args.inside { inside(args)? } else { outside(args)? };
+    if args.json || args.inside {
+        println!("{}", report.json());
     }
+    Ok(report.passed(&args.only))
 }
 
 fn inside(args: &Args) -> Result<Report> {

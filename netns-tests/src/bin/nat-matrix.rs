@@ -2,12 +2,12 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
+use anyhow::Result;
 use clap::Parser;
 use netns_tests::{
-    binaries::{BIN_DIR, Binaries},
-    isolation,
     matrix::{self, Options, Selection, parse_pair},
     nat::{Ports, oracle::Pair},
+    program,
 };
 
 /// Connects two nodes across every pair of NAT kinds and measures how, how fast, and what is lost.
@@ -38,19 +38,11 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let binaries = match Binaries::find() {
-        Ok(binaries) => binaries,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            return ExitCode::FAILURE;
-        }
-    };
-    // No thread exists yet: this may replace the process by itself inside a user namespace.
-    if let Err(why) = isolation::tun_available().and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())])) {
-        eprintln!("error: the matrix cannot run here: {why}\nhelp: {}", why.help());
-        return ExitCode::FAILURE;
-    }
+    program::run(|| work(Args::parse()))
+}
+
+fn work(args: Args) -> Result<bool> {
+    let binaries = program::enter("the matrix")?;
     let selection = if args.smoke {
         Selection::Smoke
     } else if args.hard {
@@ -62,12 +54,9 @@ fn main() -> ExitCode {
     };
     let ports = if args.shifted { Ports::Shifted } else { Ports::Kept };
     let options = Options { selection, delay: Duration::from_millis(args.delay_ms.into()), ports, keep: args.keep };
-    let report = matrix::run(&binaries, &options).unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        matrix::report::Report::default()
-    });
+    let report = matrix::run(&binaries, &options)?;
     if args.json {
         println!("{}", report.json());
     }
-    if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    Ok(report.ok())
 }

@@ -3,11 +3,11 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
+use anyhow::Result;
 use clap::Parser;
 use netns_tests::{
-    binaries::{BIN_DIR, Binaries},
-    isolation,
-    roaming::{self, Options, report::Report},
+    program,
+    roaming::{self, Options},
 };
 
 /// Breaks the path between two nodes in every way and measures how long they do not hear each other.
@@ -29,26 +29,15 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let binaries = match Binaries::find() {
-        Ok(binaries) => binaries,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            return ExitCode::FAILURE;
-        }
-    };
-    // No thread exists yet: this may replace the process by itself inside a user namespace.
-    if let Err(why) = isolation::tun_available().and_then(|()| isolation::enter_program(&[(BIN_DIR, binaries.dir())])) {
-        eprintln!("error: roaming cannot run here: {why}\nhelp: {}", why.help());
-        return ExitCode::FAILURE;
-    }
+    program::run(|| work(Args::parse()))
+}
+
+fn work(args: Args) -> Result<bool> {
+    let binaries = program::enter("roaming")?;
     let options = Options { only: args.only, delay: Duration::from_millis(args.delay_ms.into()), keep: args.keep };
-    let report = roaming::run(&binaries, &options).unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        Report::default()
-    });
+    let report = roaming::run(&binaries, &options)?;
     if args.json {
         println!("{}", report.json());
     }
-    if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    Ok(report.ok())
 }

@@ -91,21 +91,26 @@ fn order(text: &str, wanted: &[&str]) -> Result<Vec<String>> {
 }
 
 fn fetch(into: &Path) -> Result<PathBuf> {
-    let package = match newest() {
+    let package = match download(into) {
         Ok(package) => package,
-        // A new machine has no lists.
+        // A new machine has no lists, and old lists name what is not there any more.
         Err(_) => {
             run(Command::new("apt-get").args(["update", "-qq"]))?;
-            newest()?
+            download(into)?
         }
     };
-    eprintln!("fetching {package}");
-    run(Command::new("apt-get").args(["download", "-qq", &package]).current_dir(into))?;
     let file = fs::read_dir(into)?
         .flatten()
         .map(|entry| entry.path())
         .find(|path| path.extension().is_some_and(|end| end == "deb"));
     file.with_context(|| format!("apt-get download brought no {package}"))
+}
+
+fn download(into: &Path) -> Result<String> {
+    let package = newest()?;
+    eprintln!("fetching {package}");
+    run(Command::new("apt-get").args(["download", "-qq", &package]).current_dir(into))?;
+    Ok(package)
 }
 
 /// The package with the files: the one asked for only depends on it.
