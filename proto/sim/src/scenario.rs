@@ -287,7 +287,7 @@ fn faults(agents: usize, servers: usize, random: &mut SplitMix64) -> Vec<(Durati
         if random.below(2) == 0 {
             places.insert(Place::Server(random.below(servers as u64) as usize));
         }
-        let lasts = seconds(random, 2, 10);
+        let lasts = seconds(random, 2, 15);
         faults.push((seconds(random, 4, 14), Fault::Island { places, lasts }));
     }
     for _ in 0..agents.div_ceil(10) {
