@@ -159,9 +159,11 @@ fn run_test_copy(name: &str, env: &[(&str, PathBuf)]) -> Result<bool> {
     let scratch = tempfile::tempdir()?;
     let proof = scratch.path().join("entered");
     let maps = IdMaps::of_this_user();
-    let mut command = Command::new(std::env::current_exe()?);
+    let program = std::env::current_exe()?;
+    let path = path_of_test(&program, name)?;
+    let mut command = Command::new(program);
     command
-        .args([name, "--exact", "--nocapture"])
+        .args([&*path, "--exact", "--nocapture"])
         .env(ROOTLESS, "1")
         .env(PROOF, &proof)
         .envs(env.iter().map(|(key, value)| (key, value)));
@@ -170,9 +172,23 @@ fn run_test_copy(name: &str, env: &[(&str, PathBuf)]) -> Result<bool> {
     let status = command.status().context("cannot run a copy in a user namespace")?;
     anyhow::ensure!(
         proof.exists() || !status.success(),
-        "the copy of the test program has no test {name}, or could not enter"
+        "the copy of the test program could not enter, or does not ask there for {name}"
     );
     Ok(status.success())
+}
+
+/// The test of this name with the modules it is in, as libtest wants to hear it.
+fn path_of_test(program: &Path, name: &str) -> Result<String> {
+    let listed =
+        Command::new(program).args(["--list", "--format", "terse"]).output().context("cannot list the tests")?;
+    let listed = String::from_utf8(listed.stdout).context("the list of tests is no text")?;
+    let paths = listed.lines().filter_map(|line| line.strip_suffix(": test"));
+    let mut named = paths.filter(|path| path.rsplit("::").next() == Some(name));
+    match (named.next(), named.next()) {
+        (Some(path), None) => Ok(path.to_owned()),
+        (None, _) => anyhow::bail!("this program has no test {name}"),
+        (Some(one), Some(other)) => anyhow::bail!("{one} and {other} have one name"),
+    }
 }
 
 /// Maps this user to root of a new user namespace. Strings are made before any fork.

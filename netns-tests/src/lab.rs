@@ -17,7 +17,10 @@ use std::{
     fs::{self, File, OpenOptions, Permissions},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use anyhow::{Context, Result};
@@ -30,6 +33,8 @@ pub const BASE: &str = "/tmp";
 const LOCK: &str = "/tmp/meshspan-lab.lock";
 /// Lab directories are this and the pid of their owner.
 pub const DIR_PREFIX: &str = "meshspan-lab-";
+/// Then this and a number, for a lab that lives beside others.
+const BESIDE: &str = "-beside-";
 /// Every child carries the directory of its lab under this name, so that a sweep finds it.
 pub const ENV: &str = "MESHSPAN_LAB";
 
@@ -55,9 +60,11 @@ impl Lab {
         Self::start(dir, lock)
     }
 
-    /// A lab that may live beside others, one a process: for a test that spends its time waiting, not working.
+    /// A lab that may live beside others: for a test that spends its time waiting, not working.
     pub fn beside_others() -> Result<Self> {
-        let dir = Path::new(BASE).join(format!("{DIR_PREFIX}{}-beside", std::process::id()));
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("{DIR_PREFIX}{}{BESIDE}{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let dir = Path::new(BASE).join(name);
         // Under a name that nobody sweeps until it is locked.
         let unnamed = dir.with_extension("new");
         make_dir(&unnamed)?;

@@ -1,4 +1,4 @@
-//! What a user is told when something is wrong: one row a situation, held by `tests/bad_input.rs` with the real programs.
+//! What a user is told when something is wrong: one row a situation, held by `tests/labs/bad_input.rs` with the real programs.
 //!
 //! Invariant: a row says the whole message, with `{name}` where a value stands that differs from machine to machine, and
 //! every message names the object and the fix.

@@ -27,8 +27,8 @@ struct Args {
     inside: bool,
 }
 
-/// All checks take about three minutes on two idle cores.
-const WITHIN: Duration = Duration::from_secs(900);
+/// Emulated to the instruction: a machine that is busy with other work takes longer, and no check fails by it.
+const WITHIN: Duration = Duration::from_secs(1800);
 const MEMORY_MIB: u32 = 1536;
 
 fn main() -> ExitCode {

@@ -15,7 +15,7 @@ use nix::{
 
 use crate::{
     isolation::is_rootless,
-    lab::{DIR_PREFIX, ENV},
+    lab::{BESIDE, DIR_PREFIX, ENV},
     wait,
 };
 
@@ -103,7 +103,8 @@ fn labs_under(base: &Path) -> Vec<PathBuf> {
                 .file_name()
                 .to_str()
                 .and_then(|name| name.strip_prefix(DIR_PREFIX))
-                .is_some_and(|pid| pid.trim_end_matches("-beside").parse::<u32>().is_ok())
+                .and_then(|name| name.split(BESIDE).next())
+                .is_some_and(|pid| pid.parse::<u32>().is_ok())
         })
         .map(|entry| entry.path())
         .collect()

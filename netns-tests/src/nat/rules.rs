@@ -1,4 +1,4 @@
-//! The rules of one router. Each set was classified from behind it before it was trusted (`tests/nat.rs`).
+//! The rules of one router. Each set was classified from behind it before it was trusted (`tests/labs/nat.rs`).
 //!
 //! Invariants that make the kinds true:
 //! - What comes from outside and belongs to nothing is dropped without a word and without a trace. If the router took it

@@ -3,7 +3,6 @@
 //! Two pairs run side by side, because a rekey comes after 120 s by protocol and a test may last 180: in one the agent
 //! speaks first and data never stops, in the other `wireguard-go` speaks first and is idle between bursts. Both must see
 //! a rekey, lose nothing, change nothing and never fall silent.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
     fs,

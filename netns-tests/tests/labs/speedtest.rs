@@ -1,5 +1,4 @@
 //! `mesh-agent speedtest` between two nodes: figures, the path that carried, and who is refused.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{net::TcpStream, time::Duration};
 

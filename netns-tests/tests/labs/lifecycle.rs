@@ -1,5 +1,4 @@
 //! Stop, start, leave, come back; and whatever someone deletes meanwhile. Real agents, judged by packets and kernel dumps.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
     fs,

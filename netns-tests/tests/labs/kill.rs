@@ -1,5 +1,4 @@
 //! SIGKILL at random moments of an agent's life, under traffic. A failure prints its seed; `MESHSPAN_SEED` repeats it.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
     fs,

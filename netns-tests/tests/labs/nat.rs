@@ -1,6 +1,5 @@
 //! Each router is what its name says: classified from behind it, by packets alone. And the classifier is no yes-man: it
 //! catches rule sets that are not what they claim.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
     sync::{

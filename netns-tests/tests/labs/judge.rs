@@ -1,7 +1,6 @@
 //! Every verdict turns red when the thing it judges is broken on purpose.
 //!
 //! No agent runs here: shell scripts stand in for the programs, and the tests make by hand what agents would make, wrongly.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{fs, net::IpAddr, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 

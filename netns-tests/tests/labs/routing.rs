@@ -1,6 +1,5 @@
 //! Where packets go, asked from the kernel and from the packets themselves: tables and marks, prefixes that clash, overlap
 //! or are too wide, peers that are down or denied, and underlays of one family.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},

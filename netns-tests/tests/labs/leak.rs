@@ -1,5 +1,4 @@
 //! Forced mode under every fault at once: nothing to a mesh prefix is ever on a wire in clear.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{fs, net::IpAddr, time::Duration};
 

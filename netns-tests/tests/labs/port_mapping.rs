@@ -2,7 +2,6 @@
 //! protocol, and what a router tells wrongly, or not at all, harms nothing and is said.
 //!
 //! The router is the lab's own ([`netns_tests::gateway`]); direct is what captures show.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -30,9 +29,18 @@ const SAID_WITHIN: Duration = Duration::from_secs(25);
 const DIRECT_WITHIN: Duration = Duration::from_secs(8);
 
 fn bench(name: &str) -> Option<Bench> {
+    bench_in(name, Lab::new)
+}
+
+/// For a test that waits for a router most of its time.
+fn bench_beside_others(name: &str) -> Option<Bench> {
+    bench_in(name, Lab::beside_others)
+}
+
+fn bench_in(name: &str, lab: fn() -> anyhow::Result<Lab>) -> Option<Bench> {
     let binaries = mesh::enter_or_skip(name).unwrap()?;
     let options = BenchOptions { delay: Duration::from_millis(5), ..BenchOptions::default() };
-    Some(Bench::build(Lab::new().unwrap(), &binaries, &options).unwrap())
+    Some(Bench::build(lab().unwrap(), &binaries, &options).unwrap())
 }
 
 /// Both nodes at their places, not started, and the router before the first one.
@@ -175,7 +183,9 @@ fn behind_two_routers_the_inner_ones_port_is_told_to_nobody_and_the_reason_is_sa
 
 #[test]
 fn routers_that_hang_or_answer_garbage_are_named_and_stop_nothing() {
-    let Some(mut bench) = bench("routers_that_hang_or_answer_garbage_are_named_and_stop_nothing") else { return };
+    let Some(mut bench) = bench_beside_others("routers_that_hang_or_answer_garbage_are_named_and_stop_nothing") else {
+        return;
+    };
     for (protocol, key) in [(Protocol::Pcp, "pcp"), (Protocol::Upnp, "upnp")] {
         for manner in [Manner::Hangs, Manner::Garbage] {
             let gateway = place(&mut bench, HARD, protocol, manner);
@@ -197,7 +207,7 @@ fn routers_that_hang_or_answer_garbage_are_named_and_stop_nothing() {
 #[test]
 fn a_port_that_is_granted_for_thirty_seconds_is_kept_and_one_that_was_forgotten_comes_back() {
     let Some(mut bench) =
-        bench("a_port_that_is_granted_for_thirty_seconds_is_kept_and_one_that_was_forgotten_comes_back")
+        bench_beside_others("a_port_that_is_granted_for_thirty_seconds_is_kept_and_one_that_was_forgotten_comes_back")
     else {
         return;
     };

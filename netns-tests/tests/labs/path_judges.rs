@@ -2,7 +2,6 @@
 //!
 //! No agent runs here: shell scripts stand in for the programs, hosts reach each other in clear, and the tests send what
 //! a tunnel and a relay would.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
     fs,
