@@ -10,6 +10,8 @@
 //! - A session that we only answered is used for sending once the peer has used it, never before.
 //! - It counts handshakes to judge load and forgets only when told: [`BoringTunnels::reset_limits`], each second. The
 //!   dispatcher's check comes before any key agreement; the one inside `Tunn` would count twice, so it never limits.
+//! - Making a [`Tunn`] takes two key agreements (80 us). It is made when first needed: a node that meets a thousand peers at
+//!   once routes to them before it has made one, and most of them stay silent.
 //! - An empty datagram means "next queued packet" to it, so none gets that far.
 
 use std::fmt;
@@ -21,7 +23,7 @@ use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
-use mesh_common::key::{WgPublicKey, WgSecret};
+use mesh_common::key::{PresharedKey, WgPublicKey, WgSecret};
 use mesh_common::time::Instant;
 use mesh_proto::device::PeerSpec;
 use mesh_proto::wg::{DropReason, MIN_BUFFER, OVERHEAD, Opened, Sealed, Tunnel};
@@ -86,13 +88,17 @@ impl TunnelFactory for BoringTunnels {
     type Tunnel = BoringTunnel;
 
     fn make(&self, peer: &WgPublicKey, spec: &PeerSpec, index: u32, now: Instant) -> BoringTunnel {
-        let preshared_key = spec.preshared_key.as_ref().map(|key| key.0);
-        let keepalive = spec.keepalive.map(|keepalive| u16::try_from(keepalive.as_secs().max(1)).unwrap_or(u16::MAX));
-        let limiter = Some(Arc::clone(&self.unlimited));
-        let tunn = Tunn::new(self.private.clone(), PublicKey::from(peer.0), preshared_key, keepalive, index, limiter);
+        let noise = Noise {
+            tunn: None,
+            private: self.private.clone(),
+            peer: PublicKey::from(peer.0),
+            preshared_key: spec.preshared_key.clone(),
+            keepalive: spec.keepalive.map(|keepalive| u16::try_from(keepalive.as_secs().max(1)).unwrap_or(u16::MAX)),
+            index,
+            limiter: Arc::clone(&self.unlimited),
+        };
         BoringTunnel {
-            tunn,
-            keepalive: keepalive.is_some(),
+            noise,
             ticked: now,
             established: None,
             initiations: [None; 2],
@@ -130,10 +136,36 @@ impl fmt::Debug for BoringTunnels {
     }
 }
 
+/// boringtun's part of a tunnel, and what it is made of.
+struct Noise {
+    tunn: Option<Tunn>,
+    private: StaticSecret,
+    peer: PublicKey,
+    preshared_key: Option<PresharedKey>,
+    /// Seconds.
+    keepalive: Option<u16>,
+    index: u32,
+    limiter: Arc<RateLimiter>,
+}
+
+impl Noise {
+    fn tunn(&mut self) -> &mut Tunn {
+        let Self { tunn, private, peer, preshared_key, keepalive, index, limiter } = self;
+        tunn.get_or_insert_with(|| {
+            let preshared_key = preshared_key.as_ref().map(|key| key.0);
+            Tunn::new(private.clone(), *peer, preshared_key, *keepalive, *index, Some(Arc::clone(limiter)))
+        })
+    }
+
+    /// One that was never used has nothing to do, unless it is to keep its peer's NAT open.
+    fn has_timers(&self) -> bool {
+        self.tunn.is_some() || self.keepalive.is_some()
+    }
+}
+
 /// One peer's tunnel.
 pub struct BoringTunnel {
-    tunn: Tunn,
-    keepalive: bool,
+    noise: Noise,
     /// When boringtun last saw the time.
     ticked: Instant,
     established: Option<Instant>,
@@ -157,7 +189,7 @@ impl BoringTunnel {
     }
 
     fn initiate<'a>(&mut self, dst: &'a mut [u8]) -> Option<&'a [u8]> {
-        let TunnResult::WriteToNetwork(datagram) = self.tunn.format_handshake_initiation(dst, true) else {
+        let TunnResult::WriteToNetwork(datagram) = self.noise.tunn().format_handshake_initiation(dst, true) else {
             return None;
         };
         self.note_initiation(datagram);
@@ -183,7 +215,10 @@ impl BoringTunnel {
 
     fn update_timers<'a>(&mut self, dst: &'a mut [u8], now: Instant) -> Option<&'a [u8]> {
         self.ticked = now;
-        match self.tunn.update_timers(dst) {
+        if !self.noise.has_timers() {
+            return None;
+        }
+        match self.noise.tunn().update_timers(dst) {
             TunnResult::WriteToNetwork(datagram) => {
                 self.note_initiation(datagram);
                 Some(datagram)
@@ -197,7 +232,7 @@ impl BoringTunnel {
     }
 
     fn has_session(&self) -> bool {
-        self.tunn.time_since_last_handshake().is_some()
+        self.noise.tunn.as_ref().is_some_and(|tunn| tunn.time_since_last_handshake().is_some())
     }
 }
 
@@ -208,7 +243,7 @@ impl Tunnel for BoringTunnel {
         }
         let initiation_lost = self.tick(now);
         // What comes back borrows `dst`, so the length of a written datagram stands in for it.
-        let written = match self.tunn.encapsulate(packet, dst) {
+        let written = match self.noise.tunn().encapsulate(packet, dst) {
             TunnResult::WriteToNetwork(datagram) => datagram.len(),
             TunnResult::Done => 0,
             _ => return Sealed::Dropped(DropReason::NoSession),
@@ -236,7 +271,7 @@ impl Tunnel for BoringTunnel {
         if kind == RESPONSE && self.is_superseded(datagram) {
             return Opened::Dropped(DropReason::NoSession);
         }
-        let opened = match self.tunn.decapsulate(Some(source), datagram, dst) {
+        let opened = match self.noise.tunn().decapsulate(Some(source), datagram, dst) {
             TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => Opened::Packet(packet),
             TunnResult::WriteToNetwork(reply) if kind == RESPONSE && reply[0] == DATA => {
                 self.established = Some(now);
@@ -268,7 +303,7 @@ impl Tunnel for BoringTunnel {
             return None;
         }
         self.tick(now);
-        match self.tunn.decapsulate(None, &[], dst) {
+        match self.noise.tunn().decapsulate(None, &[], dst) {
             TunnResult::WriteToNetwork(datagram) => Some(datagram),
             _ => {
                 self.longest_queued = None;
@@ -284,7 +319,7 @@ impl Tunnel for BoringTunnel {
         if let Some(written) = self.update_timers(dst, now).map(<[u8]>::len) {
             return Some(&dst[..written]);
         }
-        if self.keepalive && self.tunn.is_expired() {
+        if self.noise.keepalive.is_some() && self.noise.tunn().is_expired() {
             return self.start_handshake(dst, now);
         }
         None

@@ -12,7 +12,6 @@
 
 use std::io;
 
-use futures_util::stream::{self, Stream};
 use mesh_proto::device::MssClamp;
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE};
 use netlink_packet_netfilter::NetfilterProtoFamily;
@@ -20,8 +19,6 @@ use netlink_packet_netfilter::nftables::{
     Bitwise, ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, InetHookNumber, Meta, MetaKey,
     NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
 };
-use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket};
 
 use super::nfnetlink::{self, Step};
 
@@ -43,7 +40,7 @@ const RT_TCPMSS: u32 = 3;
 const BYTEORDER_HTON: u32 = 1;
 const EXTHDR_OP_TCPOPT: u32 = 1;
 /// The multicast group of `linux/netfilter/nfnetlink.h` that tells of changes.
-const NFNLGRP_NFTABLES: u32 = 7;
+pub(super) const GROUP: u32 = 7;
 
 /// What cannot be read counts as absent: setting it then says why.
 pub(super) async fn observe(link: &str) -> MssClamp {
@@ -58,23 +55,9 @@ pub(super) async fn observe(link: &str) -> MssClamp {
     }
 }
 
-/// True for each change that concerns a table of our name, or that was lost because too many came at once.
-pub(super) fn events() -> io::Result<impl Stream<Item = bool> + Unpin + Send + 'static> {
-    let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
-    socket.socket_mut().bind_auto()?;
-    socket.socket_ref().add_membership(NFNLGRP_NFTABLES)?;
-    Ok(Box::pin(stream::unfold(socket, async |socket| match socket.recv_from_full().await {
-        Ok((datagram, _)) => Some((names_our_table(&datagram), socket)),
-        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Some((true, socket)),
-        Err(error) => {
-            tracing::debug!(%error, "the netlink socket that watches nftables failed");
-            None
-        }
-    })))
-}
-
-/// Every message on a table, its chains and its rules carries the table's name as text that ends with a zero.
-fn names_our_table(datagram: &[u8]) -> bool {
+/// Whether a message of [`GROUP`] concerns a table of our name: every message on a table, its chains and its rules carries
+/// the table's name as text that ends with a zero.
+pub(super) fn names_our_table(datagram: &[u8]) -> bool {
     let name = [TABLE.as_bytes(), &[0]].concat();
     datagram.windows(name.len()).any(|window| window == name)
 }

@@ -488,6 +488,7 @@ impl Agent {
         for key in self.paths.due(now) {
             self.with_path(&key, now, |path| path.handle_timeout(now));
         }
+        self.handle_keys_timeout(now);
         self.net.handle_timeout(now);
         self.mapper.handle_timeout(now);
         if now >= self.next_tick {
@@ -529,12 +530,12 @@ impl Agent {
                 .and_then(|leaving| leaving.give_up_at)
                 .map(|at| (at, "stop waiting for servers to store the farewell")),
             self.publisher.poll_timeout(),
-            self.probing.poll_timeout(),
             self.net.poll_timeout(),
             self.mapper.poll_timeout(),
             Some((self.next_tick, "compare desired and observed")),
         ];
-        clients.chain(own.into_iter().flatten()).min_by_key(|(at, _)| *at)
+        let own = own.into_iter().flatten().chain(self.probing.poll_timeout());
+        clients.chain(own).min_by_key(|(at, _)| *at)
     }
 }
 

@@ -30,11 +30,19 @@ const MTU_SETTLE: Duration = Duration::from_millis(100);
 /// A budget that is spent is looked at again when this many are earned, unless something else happens before.
 const PROBES_A_WAKE: u32 = 4;
 
+/// Keys of probes take a key agreement each (55 us): of many new peers so many are derived at once, and what else is to be
+/// done comes between.
+const KEYS_AT_ONCE: usize = 32;
+
 /// Probes to and from all peers.
 #[derive(Debug)]
 pub(super) struct Probing {
     links: BTreeMap<WgPublicKey, Link>,
     by_tag: BTreeMap<[u8; 8], WgPublicKey>,
+    /// Links whose keys are not derived yet.
+    keyless: BTreeSet<WgPublicKey>,
+    /// When the next of them are due.
+    keys_at: Option<Instant>,
     budget: Budget,
     /// Paths that may have something to send; the others were asked since they last changed.
     pending: BTreeSet<WgPublicKey>,
@@ -51,7 +59,8 @@ pub(super) struct Probing {
 #[derive(Debug)]
 struct Link {
     node: NodeId,
-    keys: ProbeKeys,
+    /// Derived when the first probe goes out, or soon.
+    keys: Option<ProbeKeys>,
     sent: u64,
     /// Which start of the peer's agent the window is of.
     instance: [u8; 16],
@@ -108,6 +117,8 @@ impl Probing {
         Self {
             links: BTreeMap::new(),
             by_tag: BTreeMap::new(),
+            keyless: BTreeSet::new(),
+            keys_at: None,
             budget: Budget { tokens: PROBE_BURST, refilled: now },
             pending: BTreeSet::new(),
             waiting: BTreeMap::new(),
@@ -117,8 +128,9 @@ impl Probing {
         }
     }
 
-    pub(super) fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
-        self.again_at.map(|at| (at, "the probe budget"))
+    pub(super) fn poll_timeout(&self) -> impl Iterator<Item = (Instant, &'static str)> {
+        let budget = self.again_at.map(|at| (at, "the probe budget"));
+        budget.into_iter().chain(self.keys_at.map(|at| (at, "the keys of probes")))
     }
 
     /// Every reason, also those that nothing was dropped for.
@@ -218,7 +230,8 @@ impl Agent {
         if sender.is_some_and(|sender| sender != link.node) {
             return Err(Dropped::ForeignSender);
         }
-        let opened = probe::open(&link.keys.receive, bytes).map_err(|_| Dropped::Forged)?;
+        let keys = link.keys.as_ref().ok_or(Dropped::UnknownKey)?;
+        let opened = probe::open(&keys.receive, bytes).map_err(|_| Dropped::Forged)?;
         if opened.instance != link.instance {
             return Err(Dropped::UnknownInstance);
         }
@@ -247,14 +260,16 @@ impl Agent {
 
     /// Keeps the paths' surroundings up to date: keys, relays, NAT classes.
     pub(super) fn sync_probing(&mut self, now: Instant) {
-        let own = self.identity.node_id();
         let peers: BTreeMap<WgPublicKey, (NodeId, [u8; 16])> =
             self.peers.iter().map(|peer| (peer.key, (peer.node, peer.instance))).collect();
         let probing = &mut self.probing;
         probing.links.retain(|key, link| {
             let is_kept = peers.get(key).is_some_and(|(node, _)| *node == link.node);
             if !is_kept {
-                probing.by_tag.remove(&link.keys.receive.tag);
+                probing.keyless.remove(key);
+                if let Some(keys) = &link.keys {
+                    probing.by_tag.remove(&keys.receive.tag);
+                }
             }
             is_kept
         });
@@ -267,16 +282,41 @@ impl Agent {
                     link.offered = None;
                 }
                 None => {
-                    // An all-zero result is a key that nobody honest has: such a peer is never probed.
-                    let Some(keys) = self.keys.probe_keys((own, &self.wg), (*node, *key)) else { continue };
                     let window = ReplayWindow::default();
-                    let link = Link { node: *node, keys, sent: 0, instance: *instance, window, offered: None };
-                    probing.by_tag.insert(link.keys.receive.tag, *key);
+                    let link = Link { node: *node, keys: None, sent: 0, instance: *instance, window, offered: None };
                     probing.links.insert(*key, link);
+                    probing.keyless.insert(*key);
                 }
             }
         }
+        self.derive_some_keys(now);
         self.sync_relays(now);
+    }
+
+    fn derive_some_keys(&mut self, now: Instant) {
+        let some: Vec<WgPublicKey> = self.probing.keyless.iter().take(KEYS_AT_ONCE).copied().collect();
+        some.iter().for_each(|peer| self.derive_keys(peer));
+        self.probing.keys_at = (!self.probing.keyless.is_empty()).then_some(now);
+    }
+
+    fn derive_keys(&mut self, peer: &WgPublicKey) {
+        if !self.probing.keyless.remove(peer) {
+            return;
+        }
+        let Some(link) = self.probing.links.get_mut(peer) else { return };
+        link.keys = self.keys.probe_keys((self.identity.node_id(), &self.wg), (link.node, *peer));
+        match &link.keys {
+            Some(keys) => drop(self.probing.by_tag.insert(keys.receive.tag, *peer)),
+            // The key is one that nobody honest has: such a peer is never probed.
+            None => drop(self.probing.links.remove(peer)),
+        }
+    }
+
+    /// The keys of more new peers, when their time has come.
+    pub(super) fn handle_keys_timeout(&mut self, now: Instant) {
+        if self.probing.keys_at.is_some_and(|at| now >= at) {
+            self.derive_some_keys(now);
+        }
     }
 
     /// Tells every path what surrounds it: relays that reach its peer, our own candidates and subnets, the NATs of both.
@@ -355,9 +395,11 @@ impl Agent {
             self.offer_frame(peer, to, now);
         }
         let nonce = self.nonces.next();
+        self.derive_keys(peer);
         let Some(link) = self.probing.links.get_mut(peer) else { return };
+        let Some(keys) = &link.keys else { return };
         link.sent += 1;
-        let bytes = probe::seal(&link.keys.send, &self.instance, link.sent, nonce, &probe, pad_to);
+        let bytes = probe::seal(&keys.send, &self.instance, link.sent, nonce, &probe, pad_to);
         match to {
             Endpoint::Direct(to) => self.events.push_back(AgentEvent::SendRaw { to, bytes, ttl }),
             Endpoint::Extra(socket, to) => self.events.push_back(AgentEvent::SendFrom { socket, to, bytes, ttl }),

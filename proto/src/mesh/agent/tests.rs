@@ -16,6 +16,7 @@ use crate::discovery::client::ClientEvent;
 use crate::mesh::settings::ServerSettings;
 use crate::sealed::{self, Opened};
 use crate::wire::frame::Frame;
+use crate::wire::probe::{self, Probe};
 use crate::wire::record::{Candidate, CandidateKind, Record};
 use crate::wire::session::{Cursor, ServerMessage, Welcome};
 use crate::wire::stun;
@@ -512,4 +513,46 @@ fn what_a_server_lists_is_worked_out_once_at_its_end_unless_that_takes_long() {
     agent.handle_message(ServerId(0), &message, at(6));
     agent.handle_timeout(at(6) + SETTLE);
     assert_eq!(agent.peers.len(), 3);
+}
+
+#[test]
+fn of_many_new_peers_each_is_routed_to_at_once_and_heard_right_after() {
+    let now = at(1);
+    let mut agent = listening(now);
+    // What the host was asked for before is another test's.
+    while agent.poll_event().is_some() {}
+    (agent.applying, agent.last_steps, agent.retry_at) = (false, None, None);
+    let others: Vec<Other> = (10..110).map(Other::new).collect();
+    for other in &others {
+        let frame = sealed::seal(&agent.keys, &other.identity, 1, Some(&other.record), [9; 24]).unwrap();
+        agent.handle_message(ServerId(0), &ServerMessage::Frame(frame.as_bytes().clone()).encode(), now);
+    }
+    let end = ServerMessage::Synced(Cursor { server_instance: 1, version: 100 });
+    agent.handle_message(ServerId(0), &end.encode(), now);
+    let asked_for = std::iter::from_fn(|| agent.poll_event()).find_map(|event| match event {
+        AgentEvent::Apply(steps) => Some(steps.iter().filter(|step| matches!(step, Action::SetPeer(..))).count()),
+        _ => None,
+    });
+    assert_eq!(asked_for, Some(others.len()));
+
+    let ours = (agent.identity.node_id(), agent.wg_public);
+    let mut heard = |agent: &mut Agent| {
+        let is_heard = |other: &&Other| {
+            let keys = agent.keys.probe_keys((other.identity.node_id(), &other.wg), ours).unwrap();
+            let ping = Probe::Ping { id: 7, heard: 0 };
+            let datagram = probe::seal(&keys.send, &other.record.instance, 1, [1; 24], &ping, None);
+            let unknown = |agent: &Agent| agent.view(now).dropped_probes["probe_unknown_key"];
+            let before = unknown(agent);
+            agent.handle_datagram("198.51.100.8:51872".parse::<SocketAddr>().unwrap().into(), &datagram, now);
+            unknown(agent) == before
+        };
+        others.iter().filter(is_heard).count()
+    };
+    assert!(heard(&mut agent) < others.len(), "the steps for the host did not wait for all keys");
+    for _ in 0..others.len() {
+        if agent.poll_timeout().is_some_and(|(due, _)| due <= now) {
+            agent.handle_timeout(now);
+        }
+    }
+    assert_eq!(heard(&mut agent), others.len());
 }
