@@ -111,16 +111,22 @@ impl MemoryNet {
 
     /// Delivers a datagram as if it came from `source`.
     pub(crate) fn inject(&self, source: SocketAddr, to: SocketAddr, datagram: &[u8]) {
+        self.inject_run(source, to, &[datagram]);
+    }
+
+    /// The same with a run: whoever finds the first finds all.
+    fn inject_run(&self, source: SocketAddr, to: SocketAddr, run: &[&[u8]]) {
         let inbox = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&to).cloned();
         if let Some(inbox) = inbox {
-            inbox.push(source.into(), datagram);
+            inbox.push(source.into(), run);
         }
     }
 }
 
 impl Inbox {
-    fn push(&self, source: Arrival, datagram: &[u8]) {
-        self.datagrams.lock().unwrap_or_else(PoisonError::into_inner).push_back((source, datagram.to_vec()));
+    fn push(&self, source: Arrival, run: &[&[u8]]) {
+        let run = run.iter().map(|datagram| (source, datagram.to_vec()));
+        self.datagrams.lock().unwrap_or_else(PoisonError::into_inner).extend(run);
         self.arrived.write(1).expect("the count is small");
     }
 }
@@ -133,16 +139,13 @@ impl MemorySocket {
 
     /// The same, with what the underlay says of congestion.
     pub(crate) fn deliver_marked(&self, arrival: Arrival, datagram: &[u8]) {
-        self.inbox.push(arrival, datagram);
+        self.inbox.push(arrival, &[datagram]);
     }
 
     /// The next datagram that arrived, if any.
     pub(crate) fn next(&self) -> Option<(SocketAddr, Vec<u8>)> {
-        self.take().map(|(arrival, datagram)| (arrival.source, datagram))
-    }
-
-    fn take(&self) -> Option<(Arrival, Vec<u8>)> {
-        self.inbox.datagrams.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        let taken = self.inbox.datagrams.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        taken.map(|(arrival, datagram)| (arrival.source, datagram))
     }
 }
 
@@ -155,8 +158,9 @@ impl DatagramSocket for MemorySocket {
         batch.clear();
         // Before the datagrams are taken, so that what comes meanwhile wakes again.
         let _none_arrived = self.inbox.arrived.read();
+        let mut datagrams = self.inbox.datagrams.lock().unwrap_or_else(PoisonError::into_inner);
         while batch.free_slots().next().is_some() {
-            let Some((arrival, datagram)) = self.take() else { return Ok(Ready::Drained) };
+            let Some((arrival, datagram)) = datagrams.pop_front() else { return Ok(Ready::Drained) };
             let slot = batch.free_slots().next().expect("the batch is not full");
             slot[..datagram.len()].copy_from_slice(&datagram);
             batch.push(datagram.len(), datagram.len(), arrival);
@@ -165,8 +169,11 @@ impl DatagramSocket for MemorySocket {
     }
 
     fn send(&self, batch: &Outgoing, _patience: Duration) -> usize {
-        let direct = batch.iter().filter_map(|(datagram, to)| Some((datagram, to.direct()?)));
-        direct.for_each(|(datagram, to)| self.net.inject(self.address, to, datagram));
+        let direct: Vec<_> = batch.iter().filter_map(|(datagram, to)| Some((datagram, to.direct()?))).collect();
+        for run in direct.chunk_by(|(_, one), (_, next)| one == next) {
+            let datagrams: Vec<&[u8]> = run.iter().map(|(datagram, _)| *datagram).collect();
+            self.net.inject_run(self.address, run[0].1, &datagrams);
+        }
         0
     }
 
