@@ -536,7 +536,7 @@ fn of_many_new_peers_each_is_routed_to_at_once_and_heard_right_after() {
     assert_eq!(asked_for, Some(others.len()));
 
     let ours = (agent.identity.node_id(), agent.wg_public);
-    let mut heard = |agent: &mut Agent| {
+    let heard = |agent: &mut Agent| {
         let is_heard = |other: &&Other| {
             let keys = agent.keys.probe_keys((other.identity.node_id(), &other.wg), ours).unwrap();
             let ping = Probe::Ping { id: 7, heard: 0 };
