@@ -212,6 +212,8 @@ impl KernelDevice {
             tracing::info!("deleted link {name}, which this node left when it was killed");
         }
         let link = WireguardLink::create(name).await.map_err(|error| KernelError::of_link(name, error))?;
+        let reopened = self.netlink.reopen();
+        reopened.map_err(|source| KernelError::Failed { what: "open generic netlink", source })?;
         let set = self.netlink.set_device(link.index(), &self.secret, self.port, FWMARK).await;
         set.map_err(|source| KernelError::Failed { what: "set key and port of the WireGuard link", source })?;
         link.try_up().await.map_err(|source| match source.raw_os_error() {
@@ -248,11 +250,11 @@ impl KernelDevice {
     pub fn set_peer(&mut self, key: WgPublicKey, spec: PeerSpec) {
         self.unwanted.remove(&key);
         let address = proxy::address(self.numbered);
-        let proxy = self.proxy.endpoint(address);
+        let (proxy, own) = (self.proxy.endpoint(address), self.secret.public());
         let peer = self.peers.entry(key).or_insert_with(|| {
             self.by_address.insert(address, key);
             self.numbered += 1;
-            Peer::new(spec.clone(), address, proxy)
+            Peer::new(spec.clone(), address, proxy, own < key)
         });
         peer.set_spec(spec);
         self.mark(key);

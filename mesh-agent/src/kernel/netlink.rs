@@ -84,8 +84,14 @@ impl WgNetlink {
     /// Opens the socket anew when its task ended; without it every later request would fail.
     fn ensure(&mut self) -> io::Result<()> {
         if self.task.is_finished() {
-            *self = Self::open()?;
+            self.reopen()?;
         }
+        Ok(())
+    }
+
+    /// Asks the kernel anew who answers for WireGuard: a module that went and came back has another number.
+    pub(super) fn reopen(&mut self) -> io::Result<()> {
+        *self = Self::open()?;
         Ok(())
     }
 

@@ -4,6 +4,9 @@
 //! when the wanted one changes, or when the kernel has one of another kind than is wanted: a proxied peer that went direct by
 //! itself, a direct one that came back to its proxy. What the kernel roamed to among direct addresses stays.
 //!
+//! Two kernels that initiate at once both fail: each forgets its own initiation over the other's, and so refuses the answer.
+//! They try again after the same 5 s, and may fail again and again. So the one with the smaller key begins anew at once.
+//!
 //! A peer's endpoint is its proxy address until it has a session and a direct path: then all its initiations pass the proxy,
 //! which is how demand is seen.
 
@@ -22,6 +25,9 @@ use super::netlink::{PeerChange, PeerState};
 /// A proxied peer that the kernel roamed away from its proxy is brought back after this: the path that it roamed to carries
 /// one way at least, and is perhaps about to be chosen.
 const ASTRAY: Duration = Duration::from_millis(250);
+/// An answer to an initiation that crossed ours has made a session within this, or is refused. Answers that take longer are
+/// lost with the tunnel that is made anew; the next ones are not.
+const CROSSED: Duration = Duration::from_millis(400);
 /// An initiation so soon after one was asked for is no sign of a packet that wants to go out.
 const ASKED_FOR: Duration = Duration::from_secs(2);
 const DEMAND_PAUSE: Duration = Duration::from_secs(1);
@@ -56,6 +62,10 @@ pub(super) struct Peer {
     astray: Option<Instant>,
     /// The kernel's last initiation that nothing has answered yet.
     initiation: Option<(Bytes, Instant)>,
+    /// Of two initiations that cross this side's is made anew.
+    begins_again: bool,
+    /// Since when the kernel knows an initiation of the peer, and its own may be forgotten over it.
+    crossed: Option<Instant>,
     /// Where the last initiation came from that the proxy brought: its answer goes back there.
     initiated_from: Option<Endpoint>,
     /// Where the last datagram came from that the proxy brought.
@@ -89,7 +99,8 @@ pub(super) enum Entrance {
 }
 
 impl Peer {
-    pub(super) fn new(spec: PeerSpec, address: Ipv4Addr, proxy: SocketAddr) -> Self {
+    /// One side alone has `begins_again`.
+    pub(super) fn new(spec: PeerSpec, address: Ipv4Addr, proxy: SocketAddr, begins_again: bool) -> Self {
         Self {
             spec,
             written: None,
@@ -106,6 +117,8 @@ impl Peer {
             demanded: None,
             astray: None,
             initiation: None,
+            begins_again,
+            crossed: None,
             initiated_from: None,
             heard_from: None,
             proxied: Proxied::default(),
@@ -136,6 +149,7 @@ impl Peer {
         self.session = None;
         self.endpoint = None;
         self.initiation = None;
+        self.crossed = None;
         self.state.last_handshake = (0, 0);
     }
 
@@ -300,6 +314,7 @@ impl Peer {
         if has_new_session {
             self.session = Some(now);
             self.initiation = None;
+            self.crossed = None;
             reports.extend(path.map(|endpoint| PeerReport::Handshake { endpoint }));
         }
         if let Some(at) = state.endpoint.filter(|at| *at != self.proxy && before.endpoint != Some(*at))
@@ -312,7 +327,9 @@ impl Peer {
         let sent = state.tx_bytes.saturating_sub(before.tx_bytes);
         if received > 0 {
             self.last_rx = Some(now);
+            self.note_crossing(now);
         }
+        self.end_crossing(now);
         let traffic = self.take_traffic(sent, received, has_new_session);
         if !traffic.is_empty() {
             reports.push(PeerReport::Traffic(traffic));
@@ -331,6 +348,22 @@ impl Peer {
     /// Whether the kernel has what it was given: false when somebody changed it since.
     pub(super) fn is_as_written(&self) -> bool {
         self.written.as_ref() == Some(&self.spec)
+    }
+
+    /// Something authentic came and made no session.
+    fn note_crossing(&mut self, now: Instant) {
+        let is_open = self.initiation.as_ref().is_some_and(|(_, at)| now.since(*at) < REKEY_TIMEOUT);
+        if self.begins_again && is_open && !self.has_session(now) {
+            self.crossed.get_or_insert(now);
+        }
+    }
+
+    fn end_crossing(&mut self, now: Instant) {
+        if self.crossed.is_some_and(|since| now.since(since) >= CROSSED) {
+            self.crossed = None;
+            self.renew = true;
+            self.poke = true;
+        }
     }
 
     fn judge_endpoint(&mut self, now: Instant) {

@@ -2,6 +2,8 @@
 
 use std::{
     collections::BTreeMap,
+    path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -26,10 +28,11 @@ use crate::{
     wait,
 };
 
-pub const CHECKS: [&str; 7] = [
+pub const CHECKS: [&str; 8] = [
     "backend-switch",
     "link-deleted-restored",
     "changed-by-hand-restored",
+    "module-gone-restored",
     "foreign-link-untouched",
     "no-key-in-log",
     "fail-closed-no-cleartext",
@@ -45,6 +48,12 @@ const SWITCHED_WITHIN: Duration = Duration::from_secs(20);
 const SWITCH_GAP: Duration = Duration::from_secs(5);
 /// A full look and the steps that follow (issue: a resync within 2 s), as the slow machine stretches it.
 const RESTORED_WITHIN: Duration = Duration::from_secs(5);
+/// Until an agent says what is wrong with its host.
+const TOLD_WITHIN: Duration = Duration::from_secs(10);
+/// What fails is tried again after 30 s at most.
+const TRIED_AGAIN_WITHIN: Duration = Duration::from_secs(45);
+/// Where the machine that `kernel-vm` makes has its module.
+const MODULE: &str = "/modules/wireguard.ko";
 /// The node whose agent logs everything.
 const TALKATIVE: usize = 2;
 
@@ -65,6 +74,7 @@ pub(super) fn run(run: &mut Run, binaries: &Binaries) -> Result<()> {
     mesh.wait_until_formed()?;
     run.check("link-deleted-restored", || link_deleted(&mesh));
     run.check("changed-by-hand-restored", || changed_by_hand(&mesh));
+    run.check("module-gone-restored", || module_gone(&mut mesh));
     run.check("backend-switch", || backend_switch(&mut mesh));
     run.check("no-key-in-log", || no_key_in_log(&mut mesh));
     run.check("foreign-link-untouched", || foreign_link(&mut mesh));
@@ -147,6 +157,43 @@ fn changed_by_hand(mesh: &Mesh) -> Result<Finding> {
     overlay_replies(node, other, marker.bytes(), REPLY_WITHIN)?;
     let detail = format!("{}; of {} packets to another peer meanwhile none was lost", said.join("; "), totals.sent);
     Ok(Finding { detail, link_kinds: all(mesh)? })
+}
+
+/// The module goes from under three nodes, and comes back.
+fn module_gone(mesh: &mut Mesh) -> Result<Finding> {
+    ensure!(
+        Path::new(MODULE).exists(),
+        "this machine is somebody's: modules are removed only from one that kernel-vm made"
+    );
+    let marker = mesh.marker("module-gone-restored")?;
+    let (near, far) = (pod_of(mesh, 0)?, pod_of(mesh, 1)?);
+    let pings = EchoStream::start(&near.0, far.1.into(), marker.bytes().to_vec(), EVERY)?;
+    wait::until_true("pods to talk", REPLY_WITHIN, || Ok(pings.answered() > 0))?;
+    busybox(&["rmmod", "wireguard"])?;
+    for node in &mesh.nodes {
+        let told = wait::until_true("the agent to say that the kernel has no WireGuard", TOLD_WITHIN, || {
+            let problems = node.status()?.node.problems;
+            Ok(problems.iter().any(|problem| problem.what.contains("no WireGuard")))
+        });
+        node.explain(told)?;
+        ensure!(!node.host.has_link(MESH_LINK)?, "{} has a link without a module", node.name());
+    }
+    busybox(&["insmod", MODULE])?;
+    let (start, seen) = (Instant::now(), pings.answered());
+    let answered = wait::until_true("pods to talk again", TRIED_AGAIN_WITHIN, || Ok(pings.answered() > seen + 5));
+    mesh.nodes[0].explain(answered)?;
+    let took = start.elapsed();
+    pings.stop()?;
+    mesh.nodes.iter_mut().try_for_each(Node::check_running)?;
+    mesh.wait_until_formed()?;
+    let detail = format!("told by all; back with the module: pods talk after {} ms", took.as_millis());
+    Ok(Finding { detail, link_kinds: all(mesh)? })
+}
+
+fn busybox(args: &[&str]) -> Result<()> {
+    let ran = Command::new("/bin/busybox").args(args).output().context("cannot run busybox")?;
+    ensure!(ran.status.success(), "{}: {}", args.join(" "), String::from_utf8_lossy(&ran.stderr).trim());
+    Ok(())
 }
 
 /// From the kernel to a process and back on a node that runs, while another one sends to it.

@@ -23,10 +23,11 @@ use crate::{
     wait,
 };
 
-pub const CHECKS: [&str; 6] = [
+pub const CHECKS: [&str; 7] = [
     "kernel-kernel",
     "kernel-userspace",
     "kernel-behind-nat-direct",
+    "both-begin-at-once",
     "kernel-relay",
     "relay-to-direct-no-loss",
     "kernel-roaming-kept",
@@ -44,6 +45,8 @@ const LOOK: Duration = Duration::from_millis(200);
 /// From the first question on.
 const DIRECT_WITHIN: Duration = Duration::from_secs(40);
 const CARRIED_FOR: Duration = Duration::from_secs(6);
+const CROSSINGS: usize = 4;
+const CROSSED_WITHIN: Duration = Duration::from_secs(2);
 /// As long as the kernel must stay where it roamed to.
 const KEPT_FOR: Duration = Duration::from_secs(5);
 /// DESIGN.md 8: an uplink address changes.
@@ -73,6 +76,7 @@ pub(super) fn run(run: &mut Run, binaries: &Binaries) -> Result<()> {
     });
     backends(&mut bench, [KERNEL, KERNEL])?;
     run.check("kernel-behind-nat-direct", || direct(&mut bench, HOME));
+    run.check("both-begin-at-once", || both_begin(&mut bench));
     run.check("kernel-relay", || relayed(&mut bench));
     run.check("relay-to-direct-no-loss", || relay_to_direct(&mut bench));
     run.check("kernel-roaming-kept", || roaming_kept(&mut bench));
@@ -185,6 +189,27 @@ fn direct(bench: &mut Bench, pair: Pair) -> Result<Finding> {
         ),
         link_kinds,
     })
+}
+
+/// Two kernels whose initiations cross refuse each other's answers, and try again after 5 s.
+fn both_begin(bench: &mut Bench) -> Result<Finding> {
+    let mut said = Vec::new();
+    let mut link_kinds = Vec::new();
+    for _ in 0..CROSSINGS {
+        bench.arrange(Pair::Apart(Kind::Open, Kind::Open))?;
+        let to = bench.nodes[0].overlay_v4()?;
+        let back = Exchange::start(&bench.nodes[1].host, &bench.nodes[0].host, to, PER_SECOND, PAYLOAD)?;
+        let watched = Watched::start(bench)?;
+        bench.nodes[0].explain(watched.see_direct(bench))?;
+        link_kinds = both(bench)?;
+        back.stop()?;
+        let (beats, ..) = watched.stop()?;
+        let first = beats.iter().find_map(|beat| Some(beat.answered?.duration_since(beats[0].sent)));
+        let first = first.context("no answer")?;
+        ensure!(first <= CROSSED_WITHIN, "the first answer came after {} ms", first.as_millis());
+        said.push(format!("{} ms", first.as_millis()));
+    }
+    Ok(Finding { detail: format!("first answers after {}", said.join(", ")), link_kinds })
 }
 
 /// NATs that nothing gets through: the server carries, both ways, to the last.

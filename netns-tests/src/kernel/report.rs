@@ -6,16 +6,18 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 /// Every check, in the order of the run.
-pub const CHECKS: [&str; 14] = [
+pub const CHECKS: [&str; 16] = [
     "kernel-kernel",
     "kernel-userspace",
     "kernel-behind-nat-direct",
+    "both-begin-at-once",
     "kernel-relay",
     "relay-to-direct-no-loss",
     "kernel-roaming-kept",
     "backend-switch",
     "link-deleted-restored",
     "changed-by-hand-restored",
+    "module-gone-restored",
     "foreign-link-untouched",
     "no-key-in-log",
     "fail-closed-no-cleartext",

@@ -6,13 +6,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use netns_tests::{
-    Mesh, MeshOptions,
+    Host, Mesh, MeshOptions,
     checks::{
         carry,
         life::{FloorWatch, Pings, floor_only, wait_connected, wait_nothing_owned},
         traces,
     },
+    link::To,
     mesh::{MESH_LINK, MESH_RULE, MESH_TABLE, enter_or_skip, node::Node},
     traffic::first_unreachable,
     wait,
@@ -28,6 +30,8 @@ const DOWN_WITHIN: Duration = Duration::from_secs(30);
 const RESTORED_WITHIN: Duration = Duration::from_secs(2);
 /// A state directory that works again is written to within this.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(20);
+/// A routing table that is nobody's.
+const FLOODED_TABLE: u32 = 99;
 const OWN_TABLE: &str = "inet meshspan";
 /// The link of a second agent on a host.
 const SECOND_LINK: &str = "mesh1";
@@ -208,6 +212,44 @@ fn whatever_is_deleted_or_changed_is_put_back() {
     fs::rename(&away, &state).unwrap();
     let written = wait::until_true("the state directory to be written again", WRITTEN_WITHIN, || Ok(!problem(&mesh)));
     println!("written again after {:?}", mesh.nodes[0].explain(written).unwrap());
+}
+
+#[test]
+fn what_was_changed_in_a_flood_of_which_the_kernel_dropped_most_is_put_back() {
+    let Some(binaries) =
+        enter_or_skip("what_was_changed_in_a_flood_of_which_the_kernel_dropped_most_is_put_back").unwrap()
+    else {
+        return;
+    };
+    let mesh = Mesh::start(&binaries, &options()).unwrap();
+    all_answer(&mesh);
+    let node = &mesh.nodes[0];
+    let whole = traces::mesh_state(node).unwrap();
+    let lost_before = lost_notifications(&node.host);
+    node.suspend().unwrap();
+    for third in 0..=255 {
+        for fourth in [1, 2, 3] {
+            let destination = IpNet::new(Ipv4Addr::new(203, 0, third, fourth).into(), 32).unwrap();
+            node.host.add_route(FLOODED_TABLE, destination, &To::Unreachable).unwrap();
+        }
+    }
+    // After the socket of the agent is full: nobody tells it of these.
+    for route in node.host.routes(MESH_TABLE).unwrap() {
+        node.host.delete_route(route).unwrap();
+    }
+    assert!(lost_notifications(&node.host) > lost_before, "the kernel dropped nothing, so this proves nothing");
+    node.resume().unwrap();
+    let took = node.explain(traces::wait_same_state(node, &whole, RESTORED_WITHIN)).unwrap();
+    println!("all routes back after {took:?}");
+    all_answer(&mesh);
+}
+
+/// How many netlink messages the kernel could not deliver to sockets of this host, all of them together.
+fn lost_notifications(host: &Host) -> u64 {
+    let sockets = host.inside(|| Ok(fs::read_to_string("/proc/thread-self/net/netlink")?)).unwrap();
+    let mut lines = sockets.lines();
+    let place = lines.next().unwrap().split_whitespace().position(|column| column == "Drops").unwrap();
+    lines.map(|line| line.split_whitespace().nth(place).unwrap().parse::<u64>().unwrap()).sum()
 }
 
 /// Waits until an agent answers and says that it is off.

@@ -149,6 +149,14 @@ fn connect<T: Tunnel>([a, b]: &mut [End<T>; 2]) {
     finish_handshake(a, b, &initiation);
 }
 
+fn pass_one_each_way<T: Tunnel>(a: &mut End<T>, b: &mut End<T>) {
+    let packet = packet(9, 40);
+    let datagram = a.seal_data(&packet);
+    assert_eq!(b.open(&datagram), Got::Packet(packet.clone()), "first to second");
+    let datagram = b.seal_data(&packet);
+    assert_eq!(a.open(&datagram), Got::Packet(packet), "second to first");
+}
+
 fn a_queued_packet_arrives_after_the_handshake<T: Tunnel>([mut a, mut b]: [End<T>; 2]) {
     let queued = [packet(1, 60), packet(2, 1400), packet(3, 21)];
     let Sent::Handshake(initiation) = a.seal(&queued[0]) else { panic!("the first packet did not start a handshake") };
@@ -283,10 +291,7 @@ fn a_restarted_handshake_takes_over_without_loss<T: Tunnel>(mut ends: [End<T>; 2
     assert_eq!(a.open(&back), Got::Packet(packet(2, 40)), "the responder uses the old session until it is confirmed");
     assert_eq!(b.open(&confirm), Got::Keepalive);
     assert_eq!(b.open(&old), Got::Packet(packet(1, 40)), "data of the old session still opens");
-    let datagram = a.seal_data(&packet(3, 40));
-    assert_eq!(b.open(&datagram), Got::Packet(packet(3, 40)));
-    let datagram = b.seal_data(&packet(4, 40));
-    assert_eq!(a.open(&datagram), Got::Packet(packet(4, 40)));
+    pass_one_each_way(&mut a, &mut b);
 }
 
 fn a_late_response_to_the_initiation_before_is_good<T: Tunnel>([mut a, mut b]: [End<T>; 2]) {
@@ -295,10 +300,7 @@ fn a_late_response_to_the_initiation_before_is_good<T: Tunnel>([mut a, mut b]: [
     a.start();
     let Got::Established(Some(confirm)) = a.open(&late) else { panic!("the response was only late") };
     assert_eq!(b.open(&confirm), Got::Keepalive);
-    let datagram = a.seal_data(&packet(1, 40));
-    assert_eq!(b.open(&datagram), Got::Packet(packet(1, 40)));
-    let datagram = b.seal_data(&packet(2, 40));
-    assert_eq!(a.open(&datagram), Got::Packet(packet(2, 40)));
+    pass_one_each_way(&mut a, &mut b);
 }
 
 fn a_late_response_never_displaces_a_newer_session<T: Tunnel>([mut a, mut b]: [End<T>; 2]) {
@@ -320,10 +322,7 @@ fn both_ends_may_initiate_at_once<T: Tunnel>([mut a, mut b]: [End<T>; 2]) {
     assert_eq!(b.open(&confirm), Got::Keepalive);
     let Got::Established(Some(confirm)) = b.open(&to_b) else { panic!("the second crossing response") };
     assert_eq!(a.open(&confirm), Got::Keepalive);
-    let datagram = a.seal_data(&packet(1, 40));
-    assert_eq!(b.open(&datagram), Got::Packet(packet(1, 40)));
-    let datagram = b.seal_data(&packet(2, 40));
-    assert_eq!(a.open(&datagram), Got::Packet(packet(2, 40)));
+    pass_one_each_way(&mut a, &mut b);
 }
 
 fn nothing_opens<T: Tunnel>([mut a, mut b]: [End<T>; 2]) {

@@ -150,6 +150,7 @@ pub struct PathAgent {
     pub(super) last_call_answer: Option<Instant>,
     pub(super) pongs: BTreeMap<Endpoint, super::exchange::Budget>,
     pub(super) ping_backs: Option<super::exchange::Budget>,
+    pub(super) unknown_starts: Option<super::exchange::Budget>,
 
     pub(super) last_switch: Option<Switch>,
     pub(super) switches: u64,
@@ -218,6 +219,7 @@ impl PathAgent {
             last_call_answer: None,
             pongs: BTreeMap::new(),
             ping_backs: None,
+            unknown_starts: None,
             last_switch: None,
             switches: 0,
             probes_sent: 0,

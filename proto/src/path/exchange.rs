@@ -28,6 +28,10 @@ const CALL_ANSWER: Duration = Duration::from_millis(200);
 /// New sources of a peer that are pinged back within a second.
 const PING_BACKS_PER_SECOND: u32 = 8;
 
+/// Pings of starts of the peer's agent that are not known are answered this often, from all sources: old ones that somebody
+/// repeats cost the answers to the peer nothing.
+const UNKNOWN_STARTS_PER_SECOND: u32 = 8;
+
 /// What was sent within the second that began then.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Budget {
@@ -94,10 +98,20 @@ impl PathAgent {
         if self.tracks.get(&from).is_some_and(|track| track.last_pong.is_some()) {
             return true;
         }
-        let budget = self.ping_backs.filter(|budget| now.since(budget.since) < Duration::from_secs(1));
-        let budget = self.ping_backs.insert(budget.unwrap_or(Budget { since: now, spent: 0 }));
-        budget.spent += 1;
-        budget.spent <= PING_BACKS_PER_SECOND
+        within(&mut self.ping_backs, PING_BACKS_PER_SECOND, now)
+    }
+
+    /// A start of the peer's agent that nobody has told us of asks: it hears that we are here, and nothing else comes of it.
+    pub(crate) fn answer_unknown_start(&mut self, from: Endpoint, id: u32, now: Instant) {
+        if within(&mut self.unknown_starts, UNKNOWN_STARTS_PER_SECOND, now) {
+            let probe = Probe::Pong { id, heard: 0, observed: from.direct() };
+            self.transmit(ProbeTransmit { to: from, probe, ttl: None, pad_to: None });
+        }
+    }
+
+    /// Whether a ping of this number waits for its answer.
+    pub(crate) fn awaits(&self, id: u32) -> bool {
+        self.tracks.values().any(|track| track.awaits(id))
     }
 
     pub(super) fn take_pong(&mut self, from: Endpoint, id: u32, heard: u32, now: Instant) {
@@ -181,6 +195,14 @@ impl PathAgent {
         budget.spent += 1;
         budget.spent <= PONGS_PER_SECOND
     }
+}
+
+/// Spends one; whether it was there.
+fn within(budget: &mut Option<Budget>, per_second: u32, now: Instant) -> bool {
+    let current = budget.filter(|budget| now.since(budget.since) < Duration::from_secs(1));
+    let budget = budget.insert(current.unwrap_or(Budget { since: now, spent: 0 }));
+    budget.spent = budget.spent.saturating_add(1);
+    budget.spent <= per_second
 }
 
 /// An answer within this long needs no ping back.

@@ -37,7 +37,7 @@ struct Kernel {
 
 impl Kernel {
     fn new(route: Endpoint) -> Self {
-        let mut peer = Peer::new(spec(), Ipv4Addr::new(127, 64, 0, 1), proxy());
+        let mut peer = Peer::new(spec(), Ipv4Addr::new(127, 64, 0, 1), proxy(), true);
         peer.set_route(Some(route));
         let mut kernel = Self { peer, state: PeerState::default(), changes: 0 };
         kernel.write(0);
@@ -169,6 +169,43 @@ fn a_handshake_that_is_wanted_is_forced_once_and_then_sent_again() {
     assert_eq!(kernel.peer.start_handshake(at(7000)), None, "the kernel has forgotten that one");
     let change = kernel.write(7000).unwrap();
     assert!(change.poke && !change.remove);
+}
+
+#[test]
+fn of_two_initiations_that_cross_one_side_s_is_made_anew_unless_a_session_came_of_them() {
+    let crossed = |begins_again| {
+        let mut kernel = Kernel::new(Endpoint::Direct(address(1)));
+        kernel.peer.begins_again = begins_again;
+        kernel.peer.take_outgoing(WireGuardKind::Initiation, &[1; 148], at(1000));
+        // The peer's initiation, and where it came from.
+        kernel.state.rx_bytes += 148;
+        kernel.state.endpoint = Some(address(1));
+        kernel.look(1020);
+        kernel
+    };
+    let begins_anew =
+        |change: Option<PeerChange>| change.is_some_and(|change| change.remove && change.set && change.poke);
+    let mut kernel = crossed(true);
+    assert!(!begins_anew(kernel.write(1030)), "the answer may be under way");
+    kernel.look(1440);
+    assert!(begins_anew(kernel.write(1440)));
+    kernel.look(2000);
+    assert!(!begins_anew(kernel.write(2000)), "once");
+
+    let mut kernel = crossed(false);
+    kernel.look(1440);
+    assert!(!begins_anew(kernel.write(1440)), "the other side does");
+
+    let mut kernel = crossed(true);
+    kernel.handshake(address(1), 1060);
+    kernel.look(1440);
+    assert!(!begins_anew(kernel.write(1440)), "there is a session");
+
+    let mut kernel = Kernel::new(Endpoint::Direct(address(1)));
+    kernel.peer.take_outgoing(WireGuardKind::Initiation, &[1; 148], at(1000));
+    kernel.look(1020);
+    kernel.look(1440);
+    assert!(!begins_anew(kernel.write(1440)), "nothing came");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Owns probe keys, replay windows and the node's probe budget. Which path is probed and when is
 //! [`PathAgent`](crate::path::agent::PathAgent)'s to decide; nothing of a datagram is believed here before its key opened
-//! it, its instance is the one of the peer's record and its counter is new.
+//! it, its instance is the one of the peer's record or answered us, and its counter is new.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -22,7 +22,7 @@ use crate::path::agent::{PathAgent, ProbeTransmit};
 use crate::path::replay::ReplayWindow;
 use crate::wire::demux::{self, Datagram};
 use crate::wire::frame;
-use crate::wire::probe::{self, Probe};
+use crate::wire::probe::{self, Opened, Probe};
 
 /// Paths of many peers change together: routes follow once for all of them.
 const MTU_SETTLE: Duration = Duration::from_millis(100);
@@ -62,7 +62,9 @@ struct Link {
     /// Derived when the first probe goes out, or soon.
     keys: Option<ProbeKeys>,
     sent: u64,
-    /// Which start of the peer's agent the window is of.
+    /// Which start of the peer's agent its record is of.
+    recorded: [u8; 16],
+    /// Which one the window is of: that, or one that answered us since.
     instance: [u8; 16],
     window: ReplayWindow,
     /// The sequence number of our frame that this peer was handed last.
@@ -143,6 +145,15 @@ impl Probing {
     }
 }
 
+impl Link {
+    /// From now on it is another start of the peer's agent that speaks.
+    fn begin(&mut self, instance: [u8; 16]) {
+        self.instance = instance;
+        self.window = ReplayWindow::default();
+        self.offered = None;
+    }
+}
+
 impl Budget {
     /// `None` when a probe may go out now, else when.
     fn wait(&mut self, now: Instant) -> Option<Instant> {
@@ -217,23 +228,49 @@ impl Agent {
     }
 
     fn handle_probe(&mut self, from: Endpoint, sender: Option<NodeId>, bytes: &[u8], now: Instant) {
-        match self.open_probe(sender, bytes) {
+        let opened = self.open_probe(sender, bytes);
+        match opened.and_then(|(peer, opened)| self.admit_probe(peer, from, opened, now)) {
             Ok((peer, probe)) => self.handle_authentic_probe(peer, from, probe, now),
             Err(why) => self.probing.count(why),
         }
     }
 
-    fn open_probe(&mut self, sender: Option<NodeId>, bytes: &[u8]) -> Result<(WgPublicKey, Probe), Dropped> {
+    fn open_probe(&mut self, sender: Option<NodeId>, bytes: &[u8]) -> Result<(WgPublicKey, Opened), Dropped> {
         let tag = probe::tag(bytes).ok_or(Dropped::Malformed)?;
         let peer = *self.probing.by_tag.get(&tag).ok_or(Dropped::UnknownKey)?;
-        let link = self.probing.links.get_mut(&peer).ok_or(Dropped::UnknownKey)?;
+        let link = self.probing.links.get(&peer).ok_or(Dropped::UnknownKey)?;
         if sender.is_some_and(|sender| sender != link.node) {
             return Err(Dropped::ForeignSender);
         }
         let keys = link.keys.as_ref().ok_or(Dropped::UnknownKey)?;
         let opened = probe::open(&keys.receive, bytes).map_err(|_| Dropped::Forged)?;
+        Ok((peer, opened))
+    }
+
+    /// Whether a probe is new, and of a start of the peer's agent that is known.
+    ///
+    /// A peer that started anew while it reaches no server has nobody to tell us so. Its ping, which may be an old one of
+    /// another start, is answered and believed nothing; its pong to a ping of ours can only be of now, and makes its start known.
+    fn admit_probe(
+        &mut self,
+        peer: WgPublicKey,
+        from: Endpoint,
+        opened: Opened,
+        now: Instant,
+    ) -> Result<(WgPublicKey, Probe), Dropped> {
+        let link = self.probing.links.get_mut(&peer).ok_or(Dropped::UnknownKey)?;
         if opened.instance != link.instance {
-            return Err(Dropped::UnknownInstance);
+            match opened.probe {
+                Probe::Pong { id, .. } if self.paths.get(&peer).is_some_and(|path| path.awaits(id)) => {
+                    tracing::debug!(%peer, "a peer answers that started anew");
+                    link.begin(opened.instance);
+                }
+                Probe::Ping { id, .. } => {
+                    self.with_path(&peer, now, |path| path.answer_unknown_start(from, id, now));
+                    return Err(Dropped::UnknownInstance);
+                }
+                Probe::Pong { .. } | Probe::Call(_) => return Err(Dropped::UnknownInstance),
+            }
         }
         if !link.window.accept(opened.counter) {
             return Err(Dropped::Replayed);
@@ -275,15 +312,17 @@ impl Agent {
         });
         for (key, (node, instance)) in &peers {
             match probing.links.get_mut(key) {
-                Some(link) if link.instance == *instance => {}
+                Some(link) if link.recorded == *instance => {}
                 Some(link) => {
-                    link.instance = *instance;
-                    link.window = ReplayWindow::default();
-                    link.offered = None;
+                    link.recorded = *instance;
+                    if link.instance != *instance {
+                        link.begin(*instance);
+                    }
                 }
                 None => {
                     let window = ReplayWindow::default();
-                    let link = Link { node: *node, keys: None, sent: 0, instance: *instance, window, offered: None };
+                    let (recorded, instance) = (*instance, *instance);
+                    let link = Link { node: *node, keys: None, sent: 0, recorded, instance, window, offered: None };
                     probing.links.insert(*key, link);
                     probing.keyless.insert(*key);
                 }

@@ -6,7 +6,7 @@ use mesh_common::limits::{PROBE_BURST, PROBE_INTERVAL};
 
 use super::*;
 use crate::wire::demux;
-use crate::wire::probe::{self, Probe};
+use crate::wire::probe::{self, Call, Probe};
 
 const PEER: &str = "198.51.100.8:51872";
 const PING: Probe = Probe::Ping { id: 7, heard: 0 };
@@ -117,12 +117,64 @@ fn a_probe_is_answered_once_and_every_false_one_counted() {
     let mut stranger = fresh.to_vec();
     stranger[4] ^= 1;
     assert_eq!(scene.receive(PEER, &stranger), []);
-    let other_start = probe::seal(&scene.keys.send, &[99; 16], 3, [9; 24], &PING, None);
+    let call = Probe::Call(Call { answer_wanted: true, ..Call::default() });
+    let other_start = probe::seal(&scene.keys.send, &[99; 16], 3, [9; 24], &call, None);
     assert_eq!(scene.receive(PEER, &other_start), []);
     assert_eq!((scene.counted("probe_unknown_key"), scene.counted("probe_unknown_instance")), (1, 1));
 
     // None of them spoiled what comes after.
     assert_eq!(scene.receive(PEER, &fresh), [peer]);
+}
+
+#[test]
+fn a_peer_that_started_anew_and_reaches_no_server_is_known_by_its_answer_and_by_nothing_else() {
+    let mut scene = Scene::new();
+    let peer: SocketAddr = PEER.parse().unwrap();
+    let key = scene.peer.record.wg_key;
+    let sealed = |scene: &Scene, counter, probe: &Probe| {
+        probe::seal(&scene.keys.send, &[99; 16], counter, [counter as u8; 24], probe, None)
+    };
+    let pong = |id| Probe::Pong { id, heard: 0, observed: None };
+    // A ping may be an old one: it is answered, which tells the peer that we are here, and that is all, however many come.
+    let ping = sealed(&scene, 1, &PING);
+    let answers: usize = (0..1000).map(|_| scene.receive(PEER, &ping).len()).sum();
+    assert!((1..=8).contains(&answers), "{answers}");
+    assert_eq!(scene.receive(PEER, &sealed(&scene, 2, &pong(7))), []);
+    assert_eq!(scene.counted("probe_unknown_instance"), 1001);
+
+    // Asked, it answers.
+    let mut asked = None;
+    scene.agent.handle_peer_report(&key, &PeerReport::Demand, scene.now);
+    for event in std::iter::from_fn(|| scene.agent.poll_event()) {
+        if let AgentEvent::SendRaw { to, bytes, .. } = event
+            && to == peer
+            && is_probe(&bytes)
+            && let Probe::Ping { id, .. } = probe::open(&scene.keys.receive, &bytes).unwrap().probe
+        {
+            asked = Some(id);
+        }
+    }
+    let answer = sealed(&scene, 3, &pong(asked.unwrap()));
+    scene.receive(PEER, &answer);
+    let up = |scene: &Scene| {
+        let path = scene.agent.view(scene.now).peers[0].path.clone().unwrap();
+        path.candidates.iter().any(|tried| tried.endpoint == Endpoint::Direct(peer) && tried.rtt.is_some())
+    };
+    assert!(up(&scene), "the address answers");
+    // From then on it is that start that speaks: it is answered as usual, replays and the start before are not.
+    let ping = sealed(&scene, 4, &PING);
+    assert_eq!(scene.receive(PEER, &ping), [peer]);
+    assert_eq!((scene.receive(PEER, &ping), scene.counted("probe_replayed")), (Vec::new(), 1));
+    scene.receive(PEER, &answer);
+    assert_eq!(scene.counted("probe_replayed"), 2);
+    // The same record again changes nothing of that, and the one of the new start neither.
+    for instance in [scene.peer.record.instance, [99; 16]] {
+        scene.peer.record.instance = instance;
+        scene.peer.tell(&mut scene.agent, scene.now);
+        scene.agent.handle_timeout(scene.now + SETTLE);
+        scene.receive(PEER, &ping);
+    }
+    assert_eq!(scene.counted("probe_replayed"), 4);
 }
 
 #[test]
@@ -206,7 +258,7 @@ fn ten_thousand_announced_addresses_cost_the_probe_budget_and_no_more() {
                 many(number)
             })
             .collect();
-        let record = Probe::Call(probe::Call {
+        let record = Probe::Call(Call {
             answer_wanted: true,
             candidates: scene.peer.record.candidates.clone(),
             ..Default::default()
