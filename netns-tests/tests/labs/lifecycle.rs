@@ -77,9 +77,7 @@ fn a_node_stops_starts_leaves_and_comes_back_as_itself() {
     mesh.nodes[1].stop().unwrap();
     println!("stopped: {}", floor_only(&mesh.nodes[1]).unwrap());
     let (peer, node) = (&mesh.nodes[0], &mesh.nodes[1]);
-    let refused = |from: &netns_tests::Host, to: IpAddr, within| {
-        first_unreachable(from, to, marker.bytes(), EVERY, within).unwrap()
-    };
+    let refused = |from: &Host, to: IpAddr, within| first_unreachable(from, to, marker.bytes(), EVERY, within).unwrap();
     for to in [peer.overlay_v4().unwrap(), peer.overlay_v6().unwrap(), peer.address] {
         refused(&node.host, to, AT_ONCE);
     }
