@@ -2,7 +2,7 @@
 //! filter table.
 //!
 //! Owns multicast sockets of its own, so a flood of events never delays a request. Events are coalesced: any number
-//! before the next [`HostWatch::changed`] is one, and those after the first are not even read. Lost events count as a change.
+//! before the next [`HostWatch::changed`] is one, and those after the first are not parsed. Lost events count as a change.
 
 use std::io;
 use std::sync::Arc;

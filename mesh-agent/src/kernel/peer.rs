@@ -5,7 +5,7 @@
 //! itself, a direct one that came back to its proxy. What the kernel roamed to among direct addresses stays.
 //!
 //! Two kernels that initiate at once both fail: each forgets its own initiation over the other's, and so refuses the answer.
-//! They try again after the same 5 s, and may fail again and again. So the one with the smaller key begins anew at once.
+//! They try again after the same 5 s, and may fail again and again. So the one with the smaller key begins anew soon.
 //!
 //! A peer's endpoint is its proxy address until it has a session and a direct path: then all its initiations pass the proxy,
 //! which is how demand is seen.
