@@ -8,6 +8,7 @@ pub mod flows;
 
 use std::{
     collections::BTreeMap,
+    fmt,
     io::{ErrorKind, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{
@@ -80,7 +81,7 @@ pub struct Counts {
     /// UDP datagrams with the shape of a WireGuard message: type 1 to 4, three zero bytes.
     pub wireguard: u64,
     /// Frames per marker label.
-    pub markers: BTreeMap<String, u64>,
+    pub markers: BTreeMap<String, Marked>,
     /// Frames from or to a watched prefix, outside any tunnel.
     pub leaks: u64,
     /// The first of them, in words.
@@ -89,9 +90,17 @@ pub struct Counts {
     pub missed: u64,
 }
 
+/// Frames that carried one marker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marked {
+    pub frames: u64,
+    /// The first of them, in words.
+    pub first: String,
+}
+
 impl Counts {
     pub fn of(&self, marker: &Marker) -> u64 {
-        self.markers.get(&marker.label).copied().unwrap_or_default()
+        self.markers.get(&marker.label).map_or(0, |marked| marked.frames)
     }
 }
 
@@ -186,7 +195,9 @@ fn listen(socket: &Socket, stop: &AtomicBool, counts: &Mutex<Counts>, watch: &Wa
 struct Seen {
     wireguard: bool,
     markers: Vec<String>,
-    leak: Option<String>,
+    /// Its addresses are of the mesh.
+    leak: bool,
+    words: String,
 }
 
 impl Counts {
@@ -194,11 +205,12 @@ impl Counts {
         self.packets += 1;
         self.wireguard += u64::from(seen.wireguard);
         for label in seen.markers {
-            *self.markers.entry(label).or_default() += 1;
+            let first = || Marked { frames: 0, first: seen.words.clone() };
+            self.markers.entry(label).or_insert_with(first).frames += 1;
         }
-        if let Some(leak) = seen.leak {
+        if seen.leak {
             self.leaks += 1;
-            self.first_leak.get_or_insert(leak);
+            self.first_leak.get_or_insert(seen.words);
         }
     }
 }
@@ -216,8 +228,9 @@ fn inspect(frame: &[u8], list: &WatchList) -> Seen {
     if let Some(ip) = IpHeader::of_ethernet(frame) {
         seen.wireguard = ip.protocol == 17
             && ip.payload.get(8..12).is_some_and(|head| (1..=4).contains(&head[0]) && head[1..] == [0, 0, 0]);
-        if list.prefixes.iter().any(|prefix| prefix.contains(&ip.source) || prefix.contains(&ip.destination)) {
-            seen.leak = Some(format!("{} -> {} protocol {}", ip.source, ip.destination, ip.protocol));
+        seen.leak = list.prefixes.iter().any(|prefix| prefix.contains(&ip.source) || prefix.contains(&ip.destination));
+        if seen.leak || !seen.markers.is_empty() {
+            seen.words = ip.to_string();
         }
     }
     seen
@@ -255,6 +268,18 @@ impl<'a> IpHeader<'a> {
     }
 }
 
+impl fmt::Display for IpHeader<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { source, destination, protocol, payload } = self;
+        write!(f, "{source} -> {destination} protocol {protocol}")?;
+        const ICMP: [u8; 2] = [1, 58];
+        match payload {
+            [kind, code, ..] if ICMP.contains(protocol) => write!(f, " type {kind} code {code}"),
+            _ => Ok(()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -287,7 +312,8 @@ mod tests {
         let list = watch.0.read().unwrap();
         let seen = inspect(&udp_frame(marker.bytes()), &list);
         assert_eq!(seen.markers, ["hello"]);
-        assert_eq!(seen.leak.unwrap(), "10.0.1.2 -> 10.244.2.11 protocol 17");
+        assert!(seen.leak);
+        assert_eq!(seen.words, "10.0.1.2 -> 10.244.2.11 protocol 17");
     }
 
     #[test]

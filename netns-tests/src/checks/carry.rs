@@ -86,7 +86,7 @@ pub fn no_cleartext(mesh: &mut Mesh) -> Result<String> {
             .markers
             .iter()
             .filter(|(label, _)| !mesh.controls().iter().any(|control| control.label() == label.as_str()))
-            .map(|(label, frames)| format!("{frames} frames with the marker of {label}"))
+            .map(|(label, seen)| format!("{} frames with the marker of {label}, the first {}", seen.frames, seen.first))
             .collect();
         ensure!(in_clear.is_empty(), "in clear on {link}: {}", in_clear.join(", "));
         if let Some(first) = &seen.first_leak {
