@@ -56,6 +56,10 @@ fn nothing_is_sent_in_clear_whatever_dies() {
             node.stop().unwrap()
         }
         floor_only(node).unwrap();
+        // The way of what has just left the tunnel for an address that went with the link.
+        for own in [node.overlay_v4().unwrap(), node.overlay_v6().unwrap()] {
+            first_unreachable(&node.host, own, payload, EVERY, AT_ONCE).unwrap();
+        }
         node.start().unwrap();
         answer(&mesh, 1, 0, payload);
         answer(&mesh, 1, 2, payload);

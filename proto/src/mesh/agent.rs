@@ -388,7 +388,6 @@ impl Agent {
     /// What came of the steps: those that failed with their reasons, and what is on the host after them.
     pub fn handle_applied(&mut self, failures: Vec<(Action, StepError)>, observed: Observed, now: Instant) {
         self.applying = false;
-        self.failed.clear();
         if failures.is_empty() {
             self.retry_at = None;
         } else {
@@ -396,13 +395,26 @@ impl Agent {
             self.retry_pause = (self.retry_pause * 2).min(RECONCILE_INTERVAL);
             self.last_steps = None;
         }
+        let before = std::mem::take(&mut self.failed);
+        let mut news = Vec::new();
         for (action, error) in failures {
             if let (Action::LoosenRpFilter { link }, true) = (&action, error.not_permitted) {
                 self.rp_filter_denied.insert(link.clone());
                 self.work_out_at(now);
             }
-            tracing::warn!(error = %error.text, "a step on this host failed: {}", view::step(&action));
-            self.failed.insert(view::step(&action), error.text);
+            let step = view::step(&action);
+            if before.get(&step) != Some(&error.text) {
+                news.push((step.clone(), error.text.clone()));
+            }
+            self.failed.insert(step, error.text);
+        }
+        // Said once: it is tried again and again, and one that fails takes those after it with it. `status` lists all.
+        match &news[..] {
+            [] => {}
+            [(step, error)] => tracing::warn!(%error, "a step on this host failed: {step}"),
+            [(step, error), others @ ..] => {
+                tracing::warn!(%error, "a step on this host failed: {step}, and {} others after it", others.len())
+            }
         }
         if !self.applied_once && observed.link.is_some() {
             self.applied_once = true;

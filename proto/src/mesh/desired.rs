@@ -57,13 +57,19 @@ impl Inputs<'_> {
             };
             peers.insert(peer.public_key, spec);
         }
+        let own = [Some(IpAddr::V6(self.overlay_v6)), self.overlay_v4.map(IpAddr::V4)];
+        let addresses: BTreeSet<IpNet> = own.into_iter().flatten().map(IpNet::from).collect();
+        // While they are on the link the local table answers for them. When it goes, a packet that has just left the tunnel
+        // would be forwarded by the default route, in clear.
+        if !self.settings.allow_down_peer_bypass {
+            routes.extend(addresses.iter().map(|&prefix| Route { prefix, kind: RouteKind::Unreachable }));
+        }
         self.spare_connected_subnets(&mut routes);
-        let addresses = [Some(IpAddr::V6(self.overlay_v6)), self.overlay_v4.map(IpAddr::V4)];
         let link = Link {
             name: self.settings.link_name.clone(),
             mtu: self.settings.mtu,
             listen_port: self.settings.listen_port,
-            addresses: addresses.into_iter().flatten().map(IpNet::from).collect(),
+            addresses,
         };
         Desired {
             link: Some(link),

@@ -66,6 +66,8 @@ struct Link {
     recorded: [u8; 16],
     /// Which one the window is of: that, or one that answered us since.
     instance: [u8; 16],
+    /// The one that spoke before it.
+    ended: Option<[u8; 16]>,
     window: ReplayWindow,
     /// The sequence number of our frame that this peer was handed last.
     offered: Option<u64>,
@@ -148,7 +150,7 @@ impl Probing {
 impl Link {
     /// From now on it is another start of the peer's agent that speaks.
     fn begin(&mut self, instance: [u8; 16]) {
-        self.instance = instance;
+        self.ended = Some(std::mem::replace(&mut self.instance, instance));
         self.window = ReplayWindow::default();
         self.offered = None;
     }
@@ -250,7 +252,8 @@ impl Agent {
     /// Whether a probe is new, and of a start of the peer's agent that is known.
     ///
     /// A peer that started anew while it reaches no server has nobody to tell us so. Its ping, which may be an old one of
-    /// another start, is answered and believed nothing; its pong to a ping of ours can only be of now, and makes its start known.
+    /// another start, is answered and believed nothing; its pong to a ping of ours can only be of now, and makes its start known,
+    /// but that of the start before, which may have answered that ping too.
     fn admit_probe(
         &mut self,
         peer: WgPublicKey,
@@ -261,7 +264,10 @@ impl Agent {
         let link = self.probing.links.get_mut(&peer).ok_or(Dropped::UnknownKey)?;
         if opened.instance != link.instance {
             match opened.probe {
-                Probe::Pong { id, .. } if self.paths.get(&peer).is_some_and(|path| path.awaits(id)) => {
+                Probe::Pong { id, .. }
+                    if link.ended != Some(opened.instance)
+                        && self.paths.get(&peer).is_some_and(|path| path.awaits(id)) =>
+                {
                     tracing::debug!(%peer, "a peer answers that started anew");
                     link.begin(opened.instance);
                 }
@@ -322,7 +328,16 @@ impl Agent {
                 None => {
                     let window = ReplayWindow::default();
                     let (recorded, instance) = (*instance, *instance);
-                    let link = Link { node: *node, keys: None, sent: 0, recorded, instance, window, offered: None };
+                    let link = Link {
+                        node: *node,
+                        keys: None,
+                        sent: 0,
+                        recorded,
+                        instance,
+                        ended: None,
+                        window,
+                        offered: None,
+                    };
                     probing.links.insert(*key, link);
                     probing.keyless.insert(*key);
                 }

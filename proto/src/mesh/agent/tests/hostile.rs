@@ -55,6 +55,33 @@ impl Scene {
             .collect()
     }
 
+    /// Somebody wants to talk to the peer: the id of the ping that asks it.
+    fn asked(&mut self) -> u32 {
+        self.agent.handle_peer_report(&self.peer.record.wg_key, &PeerReport::Demand, self.now);
+        self.asked_again()
+    }
+
+    /// The id of the next ping, when its time has come.
+    fn asked_again(&mut self) -> u32 {
+        for _ in 0..1000 {
+            let events = std::iter::from_fn(|| self.agent.poll_event());
+            let probes = events.filter_map(|event| match event {
+                AgentEvent::SendRaw { bytes, .. } => probe::open(&self.keys.receive, &bytes).ok(),
+                _ => None,
+            });
+            let pings = probes.filter_map(|opened| match opened.probe {
+                Probe::Ping { id, .. } => Some(id),
+                _ => None,
+            });
+            if let Some(id) = pings.last() {
+                return id;
+            }
+            self.now += Duration::from_millis(5);
+            self.agent.handle_timeout(self.now);
+        }
+        panic!("nobody is asked");
+    }
+
     /// Somebody wants to talk to the peer for so long: where probes go and how many.
     fn demand(&mut self, time: Duration) -> BTreeMap<SocketAddr, u32> {
         let key = self.peer.record.wg_key;
@@ -130,7 +157,6 @@ fn a_probe_is_answered_once_and_every_false_one_counted() {
 fn a_peer_that_started_anew_and_reaches_no_server_is_known_by_its_answer_and_by_nothing_else() {
     let mut scene = Scene::new();
     let peer: SocketAddr = PEER.parse().unwrap();
-    let key = scene.peer.record.wg_key;
     let sealed = |scene: &Scene, counter, probe: &Probe| {
         probe::seal(&scene.keys.send, &[99; 16], counter, [counter as u8; 24], probe, None)
     };
@@ -143,18 +169,8 @@ fn a_peer_that_started_anew_and_reaches_no_server_is_known_by_its_answer_and_by_
     assert_eq!(scene.counted("probe_unknown_instance"), 1001);
 
     // Asked, it answers.
-    let mut asked = None;
-    scene.agent.handle_peer_report(&key, &PeerReport::Demand, scene.now);
-    for event in std::iter::from_fn(|| scene.agent.poll_event()) {
-        if let AgentEvent::SendRaw { to, bytes, .. } = event
-            && to == peer
-            && is_probe(&bytes)
-            && let Probe::Ping { id, .. } = probe::open(&scene.keys.receive, &bytes).unwrap().probe
-        {
-            asked = Some(id);
-        }
-    }
-    let answer = sealed(&scene, 3, &pong(asked.unwrap()));
+    let asked = scene.asked();
+    let answer = sealed(&scene, 3, &pong(asked));
     scene.receive(PEER, &answer);
     let up = |scene: &Scene| {
         let path = scene.agent.view(scene.now).peers[0].path.clone().unwrap();
@@ -175,6 +191,23 @@ fn a_peer_that_started_anew_and_reaches_no_server_is_known_by_its_answer_and_by_
         scene.receive(PEER, &ping);
     }
     assert_eq!(scene.counted("probe_replayed"), 4);
+}
+
+#[test]
+fn a_late_answer_of_the_start_before_does_not_bring_it_back() {
+    let mut scene = Scene::new();
+    let pong = |id| Probe::Pong { id, heard: 0, observed: None };
+    let asked = [scene.asked(), scene.asked_again()];
+    // The start that died answered one ping, its answer is late; the new one answers the other.
+    let late = scene.sealed(1, &pong(asked[0]));
+    scene.peer.record.instance = [99; 16];
+    let (answer, ping) = (scene.sealed(1, &pong(asked[1])), scene.sealed(2, &PING));
+    for datagram in [&answer, &ping, &late] {
+        scene.receive(PEER, datagram);
+    }
+    assert_eq!(scene.counted("probe_unknown_instance"), 1);
+    scene.receive(PEER, &ping);
+    assert_eq!(scene.counted("probe_replayed"), 1, "what the new start sent is remembered");
 }
 
 #[test]
