@@ -161,6 +161,12 @@ impl Watched {
     }
 }
 
+/// From the first question to the first answer, whichever it is of.
+fn first_answer(beats: &[Beat]) -> Result<Duration> {
+    let first = beats.iter().find_map(|beat| Some(beat.answered?.duration_since(beats[0].sent)));
+    first.context("no question was ever answered")
+}
+
 fn is_relayed(line: &Passed) -> bool {
     let server = SERVER.map(IpAddr::from);
     let passes = server.contains(&line.source.ip()) || server.contains(&line.destination.ip());
@@ -179,11 +185,10 @@ fn direct(bench: &mut Bench, pair: Pair) -> Result<Finding> {
     let link_kinds = both(bench)?;
     let (beats, lost, all) = watched.stop()?;
     ensure!(lost == 0, "{lost} of {all} questions lost");
-    let first = beats.iter().find_map(|beat| Some(beat.answered?.duration_since(beats[0].sent)));
     Ok(Finding {
         detail: format!(
             "first answer after {} ms, seen direct for {} s after {} ms, {all} questions, 0 lost",
-            first.unwrap_or_default().as_millis(),
+            first_answer(&beats)?.as_millis(),
             QUIET.as_secs(),
             took.as_millis()
         ),
@@ -204,8 +209,7 @@ fn both_begin(bench: &mut Bench) -> Result<Finding> {
         link_kinds = both(bench)?;
         back.stop()?;
         let (beats, ..) = watched.stop()?;
-        let first = beats.iter().find_map(|beat| Some(beat.answered?.duration_since(beats[0].sent)));
-        let first = first.context("no answer")?;
+        let first = first_answer(&beats)?;
         ensure!(first <= CROSSED_WITHIN, "the first answer came after {} ms", first.as_millis());
         said.push(format!("{} ms", first.as_millis()));
     }
