@@ -18,7 +18,7 @@ use anyhow::{Context, Result, ensure};
 use data_encoding::BASE64;
 use ipnet::IpNet;
 use netns_tests::{
-    Host, Lab, Monitor,
+    Lab, Monitor,
     binaries::Binaries,
     checks::life::pass,
     link::{connect, destination, output_link, table_of},
@@ -191,7 +191,7 @@ impl Converged {
         let start = Instant::now();
         node.start()?;
         let changes = settle(&mut node, &monitor, peers)?;
-        check_routes(&node.host, peers)?;
+        check_routes(&node, peers)?;
         let routes: Vec<Instant> = changes.iter().filter(|change| is_of_mesh(change)).map(|change| change.at).collect();
         let [first, last] = [routes.first(), routes.last()].map(|at| at.map(|at| *at - start));
         let (first_route, sync) = first.zip(last).context("no route was heard of")?;
@@ -254,17 +254,21 @@ fn is_of_mesh(change: &Change) -> bool {
     change.what.route().is_some_and(|(_, route)| table_of(route) == MESH_TABLE)
 }
 
-/// The table of the mesh holds the members' prefixes, each into the tunnel and each refused below that, and nothing else.
-fn check_routes(host: &Host, peers: u16) -> Result<()> {
+/// The table of the mesh holds the members' prefixes, each into the tunnel and each refused below that, the node's own
+/// addresses refused, and nothing else.
+fn check_routes(node: &Node, peers: u16) -> Result<()> {
+    let (host, own) = (&node.host, node.status()?.node);
     let link = host.link_index(MESH_LINK)?.with_context(|| format!("there is no {MESH_LINK}"))?;
-    let expected: BTreeSet<IpNet> = (1..=peers).flat_map(|number| Member::numbered(number).routed()).collect();
+    let own = [own.overlay_v4.map(IpAddr::V4), own.overlay_v6.map(IpAddr::V6)].into_iter().flatten().map(IpNet::from);
+    let members: BTreeSet<IpNet> = (1..=peers).flat_map(|number| Member::numbered(number).routed()).collect();
+    let refused = own.chain(members.iter().copied()).collect();
     let (mut tunnel, mut floor) = (BTreeSet::new(), BTreeSet::new());
     for route in host.routes(MESH_TABLE)? {
         let to = destination(&route).with_context(|| format!("a route that leads nowhere: {route:?}"))?;
         let is_new = if output_link(&route) == Some(link) { tunnel.insert(to) } else { floor.insert(to) };
         ensure!(is_new, "two routes to {to}");
     }
-    for (what, found) in [("into the tunnel", &tunnel), ("refused below that", &floor)] {
+    for (what, found, expected) in [("into the tunnel", &tunnel, &members), ("refused below that", &floor, &refused)] {
         let missing: Vec<_> = expected.difference(found).take(SHOWN).collect();
         let foreign: Vec<_> = found.difference(&expected).take(SHOWN).collect();
         ensure!(missing.is_empty() && foreign.is_empty(), "{what}: missing {missing:?}, nobody's {foreign:?}");
