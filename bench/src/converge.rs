@@ -270,7 +270,7 @@ fn check_routes(node: &Node, peers: u16) -> Result<()> {
     }
     for (what, found, expected) in [("into the tunnel", &tunnel, &members), ("refused below that", &floor, &refused)] {
         let missing: Vec<_> = expected.difference(found).take(SHOWN).collect();
-        let foreign: Vec<_> = found.difference(&expected).take(SHOWN).collect();
+        let foreign: Vec<_> = found.difference(expected).take(SHOWN).collect();
         ensure!(missing.is_empty() && foreign.is_empty(), "{what}: missing {missing:?}, nobody's {foreign:?}");
     }
     Ok(())
