@@ -81,26 +81,24 @@ pub struct Counts {
     /// UDP datagrams with the shape of a WireGuard message: type 1 to 4, three zero bytes.
     pub wireguard: u64,
     /// Frames per marker label.
-    pub markers: BTreeMap<String, Marked>,
+    pub markers: BTreeMap<String, Frames>,
     /// Frames from or to a watched prefix, outside any tunnel.
-    pub leaks: u64,
-    /// The first of them, in words.
-    pub first_leak: Option<String>,
+    pub leaks: Option<Frames>,
     /// Frames that this capture missed.
     pub missed: u64,
 }
 
-/// Frames that carried one marker.
+/// Frames of one sort.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Marked {
-    pub frames: u64,
+pub struct Frames {
+    pub count: u64,
     /// The first of them, in words.
     pub first: String,
 }
 
 impl Counts {
     pub fn of(&self, marker: &Marker) -> u64 {
-        self.markers.get(&marker.label).map_or(0, |marked| marked.frames)
+        self.markers.get(&marker.label).map_or(0, |frames| frames.count)
     }
 }
 
@@ -205,13 +203,17 @@ impl Counts {
         self.packets += 1;
         self.wireguard += u64::from(seen.wireguard);
         for label in seen.markers {
-            let first = || Marked { frames: 0, first: seen.words.clone() };
-            self.markers.entry(label).or_insert_with(first).frames += 1;
+            self.markers.entry(label).or_insert_with(|| Frames::none_before(&seen.words)).count += 1;
         }
         if seen.leak {
-            self.leaks += 1;
-            self.first_leak.get_or_insert(seen.words);
+            self.leaks.get_or_insert_with(|| Frames::none_before(&seen.words)).count += 1;
         }
+    }
+}
+
+impl Frames {
+    fn none_before(first: &str) -> Self {
+        Self { count: 0, first: first.to_owned() }
     }
 }
 
@@ -225,13 +227,14 @@ fn inspect(frame: &[u8], list: &WatchList) -> Seen {
             .collect(),
         ..Seen::default()
     };
-    if let Some(ip) = IpHeader::of_ethernet(frame) {
+    let ip = IpHeader::of_ethernet(frame);
+    if let Some(ip) = &ip {
         seen.wireguard = ip.protocol == 17
             && ip.payload.get(8..12).is_some_and(|head| (1..=4).contains(&head[0]) && head[1..] == [0, 0, 0]);
         seen.leak = list.prefixes.iter().any(|prefix| prefix.contains(&ip.source) || prefix.contains(&ip.destination));
-        if seen.leak || !seen.markers.is_empty() {
-            seen.words = ip.to_string();
-        }
+    }
+    if seen.leak || !seen.markers.is_empty() {
+        seen.words = ip.map_or_else(|| "is no IP packet".to_owned(), |ip| ip.to_string());
     }
     seen
 }
@@ -314,6 +317,11 @@ mod tests {
         assert_eq!(seen.markers, ["hello"]);
         assert!(seen.leak);
         assert_eq!(seen.words, "10.0.1.2 -> 10.244.2.11 protocol 17");
+        let mut icmp = udp_frame(marker.bytes());
+        (icmp[23], icmp[34]) = (1, 8);
+        assert_eq!(inspect(&icmp, &list).words, "10.0.1.2 -> 10.244.2.11 protocol 1 type 8 code 0");
+        icmp[13] = 6;
+        assert_eq!(inspect(&icmp, &list).words, "is no IP packet");
     }
 
     #[test]

@@ -86,13 +86,14 @@ pub fn no_cleartext(mesh: &mut Mesh) -> Result<String> {
             .markers
             .iter()
             .filter(|(label, _)| !mesh.controls().iter().any(|control| control.label() == label.as_str()))
-            .map(|(label, seen)| format!("{} frames with the marker of {label}, the first {}", seen.frames, seen.first))
+            .map(|(label, seen)| format!("{} frames with the marker of {label}, the first {}", seen.count, seen.first))
             .collect();
         ensure!(in_clear.is_empty(), "in clear on {link}: {}", in_clear.join(", "));
-        if let Some(first) = &seen.first_leak {
+        if let Some(leaks) = &seen.leaks {
             anyhow::bail!(
-                "{} frames outside the tunnel on {link} with addresses of the mesh, the first {first}",
-                seen.leaks
+                "{} frames outside the tunnel on {link} with addresses of the mesh, the first {}",
+                leaks.count,
+                leaks.first
             );
         }
         ensure!(seen.missed == 0, "the capture of {link} missed {} frames, so it proves nothing", seen.missed);

@@ -151,20 +151,24 @@ impl Watched {
         wait::until_true("time to pass", time * 2, || Ok(start.elapsed() >= time)).map(drop)
     }
 
-    /// Questions from the first answered one on that nobody answered, and all of them.
-    fn stop(self) -> Result<(Vec<Beat>, usize, usize)> {
+    fn stop(self) -> Result<Carried> {
         let beats = self.exchange.stop()?;
         let first = beats.iter().position(|beat| !beat.lost()).context("no question was ever answered")?;
+        let first_answer = beats[first].answered.map(|at| at.duration_since(beats[0].sent)).unwrap_or_default();
         let after = &beats[first..];
         let (lost, all) = (after.iter().filter(|beat| beat.lost()).count(), after.len());
-        Ok((beats, lost, all))
+        Ok(Carried { beats, first_answer, lost, all })
     }
 }
 
-/// From the first question to the first answer, whichever it is of.
-fn first_answer(beats: &[Beat]) -> Result<Duration> {
-    let first = beats.iter().find_map(|beat| Some(beat.answered?.duration_since(beats[0].sent)));
-    first.context("no question was ever answered")
+/// What became of an exchange.
+struct Carried {
+    beats: Vec<Beat>,
+    /// From the first question to the first answer.
+    first_answer: Duration,
+    /// Questions from the first answered one on that nobody answered, and all of them.
+    lost: usize,
+    all: usize,
 }
 
 fn is_relayed(line: &Passed) -> bool {
@@ -183,12 +187,12 @@ fn direct(bench: &mut Bench, pair: Pair) -> Result<Finding> {
     let watched = Watched::start(bench)?;
     let took = bench.nodes[0].explain(watched.see_direct(bench))?;
     let link_kinds = both(bench)?;
-    let (beats, lost, all) = watched.stop()?;
+    let Carried { first_answer, lost, all, .. } = watched.stop()?;
     ensure!(lost == 0, "{lost} of {all} questions lost");
     Ok(Finding {
         detail: format!(
             "first answer after {} ms, seen direct for {} s after {} ms, {all} questions, 0 lost",
-            first_answer(&beats)?.as_millis(),
+            first_answer.as_millis(),
             QUIET.as_secs(),
             took.as_millis()
         ),
@@ -208,8 +212,7 @@ fn both_begin(bench: &mut Bench) -> Result<Finding> {
         bench.nodes[0].explain(watched.see_direct(bench))?;
         link_kinds = both(bench)?;
         back.stop()?;
-        let (beats, ..) = watched.stop()?;
-        let first = first_answer(&beats)?;
+        let first = watched.stop()?.first_answer;
         ensure!(first <= CROSSED_WITHIN, "the first answer came after {} ms", first.as_millis());
         said.push(format!("{} ms", first.as_millis()));
     }
@@ -224,7 +227,7 @@ fn relayed(bench: &mut Bench) -> Result<Finding> {
     watched.wait_for(CARRIED_FOR)?;
     let [there, back, relayed] = watched.recent();
     let link_kinds = both(bench)?;
-    let (_, lost, all) = watched.stop()?;
+    let Carried { lost, all, .. } = watched.stop()?;
     ensure!(there + back == 0, "{there} and {back} datagrams went straight");
     ensure!(relayed > PER_SECOND as usize, "only {relayed} datagrams at the server within {QUIET:?}");
     ensure!(lost * 100 <= all, "{lost} of {all} questions lost");
@@ -248,7 +251,7 @@ fn relay_to_direct(bench: &mut Bench) -> Result<Finding> {
     let_go?;
     let took = bench.nodes[0].explain(watched.see_direct(bench))?;
     let link_kinds = both(bench)?;
-    let (_, lost, all) = watched.stop()?;
+    let Carried { lost, all, .. } = watched.stop()?;
     ensure!(lost == 0, "{lost} of {all} questions lost");
     Ok(Finding {
         detail: format!(
@@ -285,7 +288,7 @@ fn roaming_kept(bench: &mut Bench) -> Result<Finding> {
     let link_kinds = both(bench)?;
     let end = Instant::now();
     back.stop()?;
-    let (beats, ..) = watched.stop()?;
+    let beats = watched.stop()?.beats;
     bench.world.sites[1].change_home_address(2)?;
     ensure!(!elsewhere.contains(&before), "the kernel was led back to {before}, where nobody is any more");
     let gap = gap::longest_gap(gap::answers(&beats), event, end);

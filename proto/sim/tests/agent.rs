@@ -3,6 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,6 +25,8 @@ use mesh_proto::sealed::{self, Opened};
 use mesh_proto::wire::frame::Frame;
 use mesh_proto::wire::record::{Candidate, CandidateKind, OverlayV4, PrefixClaim, Record};
 use mesh_sim::kernel::Kernel;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::registry;
 
 const CANARY: &[u8; 32] = b"canary-canary-canary-canary-0123";
 
@@ -427,14 +431,31 @@ fn what_somebody_deletes_comes_back_and_what_somebody_adds_goes() {
     assert_eq!(bench.steps.len(), repairs, "nothing is done twice");
 }
 
+/// Counts what is said at WARN.
+#[derive(Clone, Default)]
+struct Warnings(Arc<AtomicUsize>);
+
+impl<S: tracing::Subscriber> Layer<S> for Warnings {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        if *event.metadata().level() == tracing::Level::WARN {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
 #[test]
 fn a_step_that_always_fails_does_not_hold_up_the_repair_of_what_is_deleted() {
     let refused = |step: &Action| *step == Action::SetMssClamp;
     let members = [(1, peer(1, &[("10.1.0.0/16", 1)], &[]))];
-    let mut bench = Bench::that_refuses(refused, Kernel::new(vec![eth0(0)], false), settings(), &members, None);
-    bench.run_until(at(600_000));
+    let warnings = Warnings::default();
+    let mut bench = tracing::subscriber::with_default(registry().with(warnings.clone()), || {
+        let mut bench = Bench::that_refuses(refused, Kernel::new(vec![eth0(0)], false), settings(), &members, None);
+        bench.run_until(at(600_000));
+        bench
+    });
     let tries = bench.steps.iter().filter(|step| refused(step)).count();
     assert!((15..40).contains(&tries), "{tries} tries in ten minutes");
+    assert_eq!(warnings.0.load(Ordering::Relaxed), 1, "and one word about it");
     bench.kernel.delete_link();
     bench.observe();
     assert!(bench.kernel.link.is_some(), "at once, not with the next try of the other step");

@@ -395,21 +395,18 @@ impl Agent {
             self.retry_pause = (self.retry_pause * 2).min(RECONCILE_INTERVAL);
             self.last_steps = None;
         }
-        let before = std::mem::take(&mut self.failed);
-        let mut news = Vec::new();
+        let mut failed = Vec::new();
         for (action, error) in failures {
             if let (Action::LoosenRpFilter { link }, true) = (&action, error.not_permitted) {
                 self.rp_filter_denied.insert(link.clone());
                 self.work_out_at(now);
             }
-            let step = view::step(&action);
-            if before.get(&step) != Some(&error.text) {
-                news.push((step.clone(), error.text.clone()));
-            }
-            self.failed.insert(step, error.text);
+            failed.push((view::step(&action), error.text));
         }
+        let before = std::mem::replace(&mut self.failed, failed.iter().cloned().collect());
+        failed.retain(|(step, error)| before.get(step) != Some(error));
         // Said once: it is tried again and again, and one that fails takes those after it with it. `status` lists all.
-        match &news[..] {
+        match &failed[..] {
             [] => {}
             [(step, error)] => tracing::warn!(%error, "a step on this host failed: {step}"),
             [(step, error), others @ ..] => {

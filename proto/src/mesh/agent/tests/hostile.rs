@@ -63,10 +63,11 @@ impl Scene {
 
     /// The id of the next ping, when its time has come.
     fn asked_again(&mut self) -> u32 {
+        let peer: SocketAddr = PEER.parse().unwrap();
         for _ in 0..1000 {
             let events = std::iter::from_fn(|| self.agent.poll_event());
             let probes = events.filter_map(|event| match event {
-                AgentEvent::SendRaw { bytes, .. } => probe::open(&self.keys.receive, &bytes).ok(),
+                AgentEvent::SendRaw { to, bytes, .. } if to == peer => probe::open(&self.keys.receive, &bytes).ok(),
                 _ => None,
             });
             let pings = probes.filter_map(|opened| match opened.probe {
