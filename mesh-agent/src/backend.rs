@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::thread;
 
 use anyhow::Context as _;
 use bytes::Bytes;
@@ -21,6 +22,8 @@ use crate::device::remove_leftover;
 use crate::kernel::{self, KernelDevice, KernelError};
 use crate::status::BackendStatus;
 
+/// More than this many a direction would wait for each other: one peer's packets are sealed one after the other.
+const MOST_LANES: usize = 4;
 const MUST_BE_KERNEL: &str = "mesh.backend is kernel; auto or userspace would do without";
 
 /// Which one it is.
@@ -78,13 +81,25 @@ impl Inner {
     async fn userspace(place: &Place<'_>) -> anyhow::Result<Self> {
         // A kernel link that this node left when it was killed has the name. Without the module there is none.
         let _none = remove_leftover(place.link_name, &place.secret.public()).await;
-        let sockets = UdpSockets::bind(place.listen_port, FWMARK)?;
-        let tun = Tun::create(place.link_name)?;
-        let index = tun.index();
-        let engine = Engine::start(Some(tun), sockets, BoringTunnels::new(place.secret), Arc::new(clock::now))
+        let lanes = lanes();
+        let sockets = UdpSockets::bind_lanes(place.listen_port, FWMARK, lanes)?;
+        let (link, index) = make_tun(place.link_name, lanes)?;
+        let engine = Engine::start(Some(link), sockets, BoringTunnels::new(place.secret), Arc::new(clock::now))
             .context("cannot start the data plane")?;
         Ok(Self::Userspace { engine: Box::new(engine), index })
     }
+}
+
+/// How many threads carry packets in each direction: one for two processors, since both directions of a flow are busy.
+fn lanes() -> usize {
+    thread::available_parallelism().map_or(1, |processors| (processors.get() / 2).clamp(1, MOST_LANES))
+}
+
+/// A link with a queue for each lane, and its index.
+fn make_tun(name: &str, lanes: usize) -> anyhow::Result<(Vec<Tun>, u32)> {
+    let queues = Tun::create(name, lanes)?;
+    let index = queues.first().context("a link has a queue")?.index();
+    Ok((queues, index))
 }
 
 impl Backend {
@@ -142,9 +157,9 @@ impl Backend {
     pub async fn make_link(&mut self, name: &str) -> anyhow::Result<()> {
         match &mut self.inner {
             Inner::Userspace { engine, index } => {
-                let tun = Tun::create(name)?;
-                *index = tun.index();
-                engine.replace_tun(tun);
+                let (link, made) = make_tun(name, lanes())?;
+                *index = made;
+                engine.replace_link(link);
             }
             Inner::Kernel(device) => device.make_link(name).await?,
         }

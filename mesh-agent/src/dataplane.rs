@@ -1,6 +1,6 @@
 //! The userspace data plane: packets between the TUN device and the UDP socket pair, sealed and opened by a tunnel a peer.
 //!
-//! Two plain threads move packets: `outbound` (TUN, lookup of the destination, seal, UDP) and `inbound` (UDP, classify,
+//! Plain threads move packets, two a lane: `outbound` (TUN, lookup of the destination, seal, UDP) and `inbound` (UDP, classify,
 //! open, check of the source, TUN). Everything else (handshakes, timers, peers, routes) happens on the caller's control
 //! thread through [`Engine`], so that a 0.2 ms handshake never holds up a packet.
 //!

@@ -83,8 +83,8 @@ pub fn run(end: &CopyingEnd) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let clock: Clock = Arc::new(clock::now);
     let socket = UdpSockets::bind(PORT, 0).context("cannot open the UDP sockets")?;
-    let tun = Tun::create(LINK).context("cannot make the link")?;
-    let mut engine = Engine::start(Some(tun), socket, CopyingTunnels, clock)?;
+    let link = Tun::create(LINK, 1).context("cannot make the link")?;
+    let mut engine = Engine::start(Some(link), vec![socket], CopyingTunnels, clock)?;
     let peer = WgPublicKey([3 - end.number; 32]);
     let spec = PeerSpec { preshared_key: None, allowed_ips: [end.allowed].into(), keepalive: None, generation: 0 };
     engine.set_peer(peer, spec);

@@ -22,6 +22,8 @@ use super::shared::Shared;
 use super::table::PeerTable;
 use super::tunnel::{Refused, TunnelFactory};
 
+/// Control hands packets to the host by the queue of this lane.
+const FIRST_LANE: usize = 0;
 /// What a tunnel queues at most, 256 packets of the usual size.
 const OUT_BYTES: usize = 8 * (MAX_PACKET + 1);
 
@@ -149,7 +151,7 @@ impl Outbox {
                 let datagrams = iter::once((datagram, source, Ecn::NotCapable));
                 self.opened.clear();
                 open_all(shared, (&**snapshot, slot), datagrams, &mut self.opened, &mut self.datagrams, now);
-                deliver(shared, &mut self.opened, &mut self.coalescer);
+                deliver(shared, FIRST_LANE, &mut self.opened, &mut self.coalescer);
                 self.send(shared, Some(&sender));
             }
             Datagram::WireGuard(kind) => {

@@ -48,12 +48,16 @@ pub struct Engine<F: TunnelFactory = BoringTunnels, D: PacketDevice = Tun, S: Da
 }
 
 impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
-    /// Starts the threads. Without a device packets wait for [`Self::replace_tun`]; handshakes work all the same.
-    pub fn start(device: Option<D>, socket: S, factory: F, clock: Clock) -> io::Result<Self> {
+    /// Starts the threads: two for each socket, which are all on one port and one at least, and a queue of the link for each.
+    /// Without a link packets wait for [`Self::replace_link`]; handshakes work all the same.
+    pub fn start(link: Option<Vec<D>>, sockets: Vec<S>, factory: F, clock: Clock) -> io::Result<Self> {
+        if sockets.is_empty() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let mut seed = [0; 8];
         getrandom::fill(&mut seed).map_err(|error| io::Error::other(error.to_string()))?;
         let mut engine = Self {
-            shared: Arc::new(Shared::new(device, socket, clock)?),
+            shared: Arc::new(Shared::new(link, sockets, clock)?),
             factory,
             peers: PeerTable::new(u64::from_le_bytes(seed)),
             unpublished: false,
@@ -61,8 +65,10 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
             limits_reset: None,
             threads: Vec::new(),
         };
-        engine.spawn("mesh-outbound", outbound::run)?;
-        engine.spawn("mesh-inbound", inbound::run)?;
+        for lane in 0..engine.shared.lanes.len() {
+            engine.spawn(format!("mesh-out-{lane}"), lane, outbound::run)?;
+            engine.spawn(format!("mesh-in-{lane}"), lane, inbound::run)?;
+        }
         Ok(engine)
     }
 
@@ -110,14 +116,14 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         self.peers.by_key(key).is_some_and(|peer| self.outbox.start_handshake(&self.shared, peer, now))
     }
 
-    /// Goes on with another device: the link was deleted and made again. Sessions stay.
-    pub fn replace_tun(&mut self, device: D) {
-        self.shared.device.store(Some(Arc::new(device)));
+    /// Goes on with another link: the last one was deleted. Sessions stay.
+    pub fn replace_link(&mut self, queues: Vec<D>) {
+        self.shared.link.store(Some(Arc::new(queues)));
         self.shared.link_lost.store(false, Ordering::Release);
-        self.shared.outbound_waker.wake();
+        self.shared.lanes.iter().for_each(|lane| lane.outbound.wake());
     }
 
-    /// The device failed since the last [`Self::replace_tun`]: its link was deleted.
+    /// The link failed since the last [`Self::replace_link`]: its link was deleted.
     pub fn link_lost(&self) -> bool {
         self.shared.link_lost.load(Ordering::Acquire)
     }
@@ -137,8 +143,9 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
 
     /// What the kernel does in whole super-packets at the moment.
     pub fn offloads(&self) -> Offloads {
-        let device = self.shared.device.load().as_ref().map(|device| device.offloads()).unwrap_or_default();
-        Offloads { device, socket: self.shared.socket.offloads() }
+        let link = self.shared.link.load();
+        let device = link.as_ref().and_then(|link| link.first()).map(D::offloads).unwrap_or_default();
+        Offloads { device, socket: self.shared.sender().offloads() }
     }
 
     /// Datagrams to hand to relays, oldest first: each with its peer and the relay to reach it by.
@@ -161,14 +168,14 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
     /// Sends a probe or a STUN message from the socket that carries WireGuard, or from another one of ours; `ttl` = how many hops it may take at most.
     /// What the kernel does not take is lost and counted.
     pub fn send_raw(&mut self, to: Endpoint, datagram: &[u8], ttl: Option<u8>) {
-        if !self.shared.socket.send_one(to, datagram, ttl) {
+        if !self.shared.sender().send_one(to, datagram, ttl) {
             self.shared.drops.count(Drop::OutControlNotSent);
         }
     }
 
     /// Opens sockets beside the main pair, as many of `count` as it can. What comes to them is taken like the pair's.
     pub fn open_extra(&mut self, family: Family, count: u16) -> Vec<SocketId> {
-        let opened = self.shared.socket.open_extra(family, count);
+        let opened = self.shared.sender().open_extra(family, count);
         if opened.len() < usize::from(count) {
             self.shared.drops.count(Drop::ExtraNotOpened);
         }
@@ -176,7 +183,7 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
     }
 
     pub fn close_extra(&mut self, closed: &[SocketId]) {
-        self.shared.socket.close_extra(closed);
+        self.shared.sender().close_extra(closed);
     }
 
     /// Waits until [`Self::handle_control`] or a `take_*` has something to give, or the link is lost. Safe to drop at any time.
@@ -244,9 +251,9 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         }
     }
 
-    fn spawn(&mut self, name: &str, run: fn(&Shared<F::Tunnel, D, S>)) -> io::Result<()> {
+    fn spawn(&mut self, name: String, lane: usize, run: fn(&Shared<F::Tunnel, D, S>, usize)) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
-        self.threads.push(thread::Builder::new().name(name.to_owned()).spawn(move || run(&shared))?);
+        self.threads.push(thread::Builder::new().name(name).spawn(move || run(&shared, lane))?);
         Ok(())
     }
 }

@@ -29,33 +29,35 @@ const FLUSH_BYTES: usize = 8 * (MAX_PACKET + 1);
 /// Datagrams that are opened before others get the tunnel: what one receive brings of one sender at most.
 const OPEN_AT_ONCE: usize = 64;
 
-/// Runs until the engine stops.
-pub(super) fn run<T, D, S>(shared: &Shared<T, D, S>)
+/// Runs a lane until the engine stops.
+pub(super) fn run<T, D, S>(shared: &Shared<T, D, S>, lane: usize)
 where
     T: Tunnel + 'static,
     D: PacketDevice,
     S: DatagramSocket,
 {
-    let mut batch = Batch::new();
+    let mut batch = Batch::new(lane);
+    let (socket, waker) = (&shared.sockets[lane], &shared.lanes[lane].inbound);
     while !shared.is_stopping() {
-        match shared.socket.receive(&mut batch.received) {
+        match socket.receive(&mut batch.received) {
             Ok(ready) => {
                 if !batch.received.is_empty() {
                     batch.carry(shared);
                 }
                 if ready == Ready::Drained {
-                    shared.inbound_waker.wait(&shared.socket.descriptors(), None);
+                    waker.wait(&socket.descriptors(), None);
                 }
             }
             Err(_) => {
                 shared.drops.count(Drop::InSocketError);
-                shared.inbound_waker.wait(&[], Some(ERROR_PAUSE));
+                waker.wait(&[], Some(ERROR_PAUSE));
             }
         }
     }
 }
 
 struct Batch {
+    lane: usize,
     received: Received,
     opened: Packed<()>,
     coalescer: Coalescer,
@@ -73,8 +75,9 @@ struct Place {
 }
 
 impl Batch {
-    fn new() -> Self {
+    fn new(lane: usize) -> Self {
         Self {
+            lane,
             received: Received::default(),
             opened: Packed::new(MAX_BATCH * (MAX_PACKET + 1)),
             coalescer: Coalescer::default(),
@@ -102,7 +105,7 @@ impl Batch {
                 open_all(shared, place, datagrams, &mut self.opened, &mut self.flushed, now);
             }
         }
-        deliver(shared, &mut self.opened, &mut self.coalescer);
+        deliver(shared, self.lane, &mut self.opened, &mut self.coalescer);
         shared.send(&self.flushed);
     }
 
@@ -147,9 +150,13 @@ impl Batch {
     }
 }
 
-/// Hands opened packets to the host, joined as far as it takes them so.
-pub(super) fn deliver<T, D, S>(shared: &Shared<T, D, S>, opened: &mut Packed<()>, coalescer: &mut Coalescer)
-where
+/// Hands opened packets to the host by the queue of this lane, joined as far as it takes them so.
+pub(super) fn deliver<T, D, S>(
+    shared: &Shared<T, D, S>,
+    lane: usize,
+    opened: &mut Packed<()>,
+    coalescer: &mut Coalescer,
+) where
     T: Tunnel + 'static,
     D: PacketDevice,
     S: DatagramSocket,
@@ -157,8 +164,8 @@ where
     if opened.is_empty() {
         return;
     }
-    let device = shared.device.load();
-    let Some(device) = device.as_ref() else {
+    let link = shared.link.load();
+    let Some(device) = link.as_ref().and_then(|link| link.get(lane)) else {
         return shared.drops.add(Drop::InNotDelivered, opened.len());
     };
     let accepts = device.offloads().accepts();

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,26 +17,28 @@ use super::io::{Arrival, DatagramSocket, Outgoing, Packed, PacketDevice, Ready, 
 use super::offloads::{DeviceOffloads, SocketOffloads};
 use super::tun::{read_packets, write_packet};
 
-/// The agent's end of a link.
+/// A queue of the agent's end of a link.
 #[derive(Debug)]
 pub(crate) struct MemoryTun {
     file: File,
     offloads: DeviceOffloads,
 }
 
-/// The host's end. Dropping it deletes the link.
+/// The host's end, a file a queue. Dropping it deletes the link.
 #[derive(Debug)]
-pub(crate) struct HostLink(File);
+pub(crate) struct HostLink(Vec<File>);
 
-/// A link whose host leaves nothing to the agent and takes nothing joined.
-pub(crate) fn link() -> (MemoryTun, HostLink) {
-    link_with(DeviceOffloads::default())
+/// A link of one queue whose host leaves nothing to the agent and takes nothing joined.
+pub(crate) fn link() -> (Vec<MemoryTun>, HostLink) {
+    link_with(DeviceOffloads::default(), 1)
 }
 
-pub(crate) fn link_with(offloads: DeviceOffloads) -> (MemoryTun, HostLink) {
+pub(crate) fn link_with(offloads: DeviceOffloads, queues: usize) -> (Vec<MemoryTun>, HostLink) {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let (agent, host) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("a socket pair");
-    (MemoryTun { file: agent.into(), offloads }, HostLink(host.into()))
+    let pair = || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("a socket pair");
+    let (agent, host) = (0..queues).map(|_| pair()).unzip::<_, _, Vec<_>, Vec<_>>();
+    let agent = agent.into_iter().map(|file| MemoryTun { file: file.into(), offloads });
+    (agent.collect(), HostLink(host.into_iter().map(File::from).collect()))
 }
 
 impl HostLink {
@@ -45,18 +47,20 @@ impl HostLink {
         self.send_described(VnetHeader::default(), packet);
     }
 
+    /// By the queue of its destination's last byte: a flow keeps its own.
     pub(crate) fn send_described(&self, header: VnetHeader, packet: &[u8]) {
-        (&self.0).write_all(&[&header.to_bytes(), packet].concat()).expect("the link has room");
+        let queue = packet.get(19).map_or(0, |last| usize::from(*last) % self.0.len());
+        (&self.0[queue]).write_all(&[&header.to_bytes(), packet].concat()).expect("the link has room");
     }
 
-    /// The next packet that came out of the link, if any.
+    /// The next packet that came out of the link, if any, by whichever queue.
     pub(crate) fn receive(&self) -> Option<Vec<u8>> {
         self.receive_described().map(|(_, packet)| packet)
     }
 
     pub(crate) fn receive_described(&self) -> Option<(VnetHeader, Vec<u8>)> {
         let mut bytes = vec![0; VnetHeader::LEN + 65_535];
-        let len = (&self.0).read(&mut bytes).ok()?;
+        let len = self.0.iter().find_map(|mut queue| queue.read(&mut bytes).ok())?;
         bytes.truncate(len);
         let header = VnetHeader::parse(bytes.first_chunk()?);
         Some((header, bytes.split_off(VnetHeader::LEN)))
@@ -85,7 +89,7 @@ impl PacketDevice for MemoryTun {
 
 /// A network. Datagrams to an address that nobody has are lost, as on the real one.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct MemoryNet(Arc<Mutex<BTreeMap<SocketAddr, Arc<Inbox>>>>);
+pub(crate) struct MemoryNet(Arc<Mutex<BTreeMap<SocketAddr, Vec<Arc<Inbox>>>>>);
 
 #[derive(Debug)]
 struct Inbox {
@@ -103,10 +107,18 @@ pub(crate) struct MemorySocket {
 
 impl MemoryNet {
     pub(crate) fn socket(&self, address: SocketAddr) -> MemorySocket {
-        let arrived = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).expect("an eventfd");
-        let inbox = Arc::new(Inbox { datagrams: Mutex::default(), arrived });
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address, Arc::clone(&inbox));
-        MemorySocket { net: self.clone(), address, inbox }
+        self.sockets(address, 1).swap_remove(0)
+    }
+
+    /// Sockets that share an address: what comes from one host always comes to one of them.
+    pub(crate) fn sockets(&self, address: SocketAddr, count: usize) -> Vec<MemorySocket> {
+        let inbox = |_| {
+            let arrived = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).expect("an eventfd");
+            Arc::new(Inbox { datagrams: Mutex::default(), arrived })
+        };
+        let inboxes: Vec<Arc<Inbox>> = (0..count).map(inbox).collect();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address, inboxes.clone());
+        inboxes.into_iter().map(|inbox| MemorySocket { net: self.clone(), address, inbox }).collect()
     }
 
     /// Delivers a datagram as if it came from `source`.
@@ -116,11 +128,19 @@ impl MemoryNet {
 
     /// The same with a run: whoever finds the first finds all.
     fn inject_run(&self, source: SocketAddr, to: SocketAddr, run: &[&[u8]]) {
-        let inbox = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&to).cloned();
-        if let Some(inbox) = inbox {
-            inbox.push(source.into(), run);
+        let inboxes = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&to).cloned();
+        if let Some(inboxes) = inboxes {
+            inboxes[lane_of(source, inboxes.len())].push(source.into(), run);
         }
     }
+}
+
+fn lane_of(source: SocketAddr, lanes: usize) -> usize {
+    let last = match source.ip() {
+        IpAddr::V4(ip) => ip.octets()[3],
+        IpAddr::V6(ip) => ip.octets()[15],
+    };
+    usize::from(last) % lanes
 }
 
 impl Inbox {

@@ -25,17 +25,19 @@ const READ_BYTES: usize = 64 << 10;
 /// What a batch grows to when it is sealed: far more than packets of any usual size do.
 const SEALED_BYTES: usize = 1 << 20;
 
-/// Runs until the engine stops.
-pub(super) fn run<T, D, S>(shared: &Shared<T, D, S>)
+/// Runs a lane until the engine stops.
+pub(super) fn run<T, D, S>(shared: &Shared<T, D, S>, lane: usize)
 where
     T: Tunnel + 'static,
     D: PacketDevice,
     S: DatagramSocket,
 {
     let mut batch = Batch::new();
+    let waker = &shared.lanes[lane].outbound;
     while !shared.is_stopping() {
-        let Some(device) = shared.device.load_full() else {
-            shared.outbound_waker.wait(&[], None);
+        let link = shared.link.load_full();
+        let Some((link, device)) = link.as_ref().and_then(|link| Some((link, link.get(lane)?))) else {
+            waker.wait(&[], None);
             continue;
         };
         batch.packets.clear();
@@ -45,12 +47,12 @@ where
                     batch.carry(shared);
                 }
                 if ready == Ready::Drained {
-                    shared.outbound_waker.wait(&[Some(device.as_fd())], None);
+                    waker.wait(&[Some(device.as_fd())], None);
                 }
             }
             Err(error) => {
                 tracing::info!(%error, "the mesh link is gone; packets wait until it is made again");
-                shared.lose_link(&device);
+                shared.lose_link(link);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What control and the two threads share.
+//! What control and the threads share.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -29,15 +29,21 @@ const SEND_PATIENCE: Duration = Duration::from_millis(100);
 pub(super) struct Shared<T, D, S> {
     pub(super) clock: Clock,
     pub(super) snapshot: ArcSwap<Snapshot<T>>,
-    /// `None` while the link is gone.
-    pub(super) device: ArcSwapOption<D>,
-    pub(super) socket: S,
+    /// A queue of the link for each lane; `None` while the link is gone.
+    pub(super) link: ArcSwapOption<Vec<D>>,
+    /// One for each lane, all on one port. The first sends for all of them.
+    pub(super) sockets: Vec<S>,
+    pub(super) lanes: Vec<Lane>,
     pub(super) drops: Drops,
     pub(super) control: Queues<T>,
     pub(super) link_lost: AtomicBool,
-    pub(super) outbound_waker: Waker,
-    pub(super) inbound_waker: Waker,
     stop: AtomicBool,
+}
+
+/// A thread for each direction, with a queue of the link and a socket of its own.
+pub(super) struct Lane {
+    pub(super) outbound: Waker,
+    pub(super) inbound: Waker,
 }
 
 /// What the threads know of peers, replaced as a whole.
@@ -62,19 +68,23 @@ impl<T> Snapshot<T> {
 }
 
 impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
-    pub(super) fn new(device: Option<D>, socket: S, clock: Clock) -> io::Result<Self> {
+    pub(super) fn new(link: Option<Vec<D>>, sockets: Vec<S>, clock: Clock) -> io::Result<Self> {
+        let lane = |_| Ok(Lane { outbound: Waker::new()?, inbound: Waker::new()? });
         Ok(Self {
             clock,
             snapshot: ArcSwap::default(),
-            device: ArcSwapOption::from_pointee(device),
-            socket,
+            link: ArcSwapOption::from_pointee(link),
+            lanes: sockets.iter().map(lane).collect::<io::Result<_>>()?,
+            sockets,
             drops: Drops::default(),
             control: Queues::default(),
             link_lost: AtomicBool::new(false),
-            outbound_waker: Waker::new()?,
-            inbound_waker: Waker::new()?,
             stop: AtomicBool::new(false),
         })
+    }
+
+    pub(super) fn sender(&self) -> &S {
+        self.sockets.first().expect("there is a lane")
     }
 
     pub(super) fn now(&self) -> Instant {
@@ -88,7 +98,7 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
 
     pub(super) fn send_within(&self, batch: &Outgoing, patience: Duration) {
         if !batch.is_empty() {
-            self.drops.add(Drop::OutNotSent, self.socket.send(batch, patience));
+            self.drops.add(Drop::OutNotSent, self.sender().send(batch, patience));
         }
     }
 
@@ -104,9 +114,9 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
         }
     }
 
-    /// Takes a dead device out of use, unless control has replaced it already.
-    pub(super) fn lose_link(&self, dead: &Arc<D>) {
-        let found = self.device.compare_and_swap(dead, None);
+    /// Takes a dead link out of use, unless control has replaced it already.
+    pub(super) fn lose_link(&self, dead: &Arc<Vec<D>>) {
+        let found = self.link.compare_and_swap(dead, None);
         if found.as_ref().is_some_and(|found| Arc::ptr_eq(found, dead)) {
             self.link_lost.store(true, Ordering::Release);
             self.control.notify.notify_one();
@@ -115,8 +125,10 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
 
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
-        self.outbound_waker.wake();
-        self.inbound_waker.wake();
+        for lane in &self.lanes {
+            lane.outbound.wake();
+            lane.inbound.wake();
+        }
     }
 
     pub(super) fn is_stopping(&self) -> bool {

@@ -57,7 +57,7 @@ pub enum TunError {
     },
 }
 
-/// An open TUN device and its link.
+/// A queue of a TUN device, and the link that lives as long as one of its queues.
 #[derive(Debug)]
 pub struct Tun {
     file: File,
@@ -67,12 +67,25 @@ pub struct Tun {
 }
 
 impl Tun {
-    /// Makes a link. It is down and has no address.
-    pub fn create(name: &str) -> Result<Self, TunError> {
+    /// Makes a link with so many queues, one at least. It is down and has no address.
+    ///
+    /// With several the kernel gives each flow to one of them, and to the one by which its other direction came in: a flow
+    /// may change the queue with its first answer.
+    pub fn create(name: &str, queues: usize) -> Result<Vec<Self>, TunError> {
         let name_fits = (1..libc::IFNAMSIZ).contains(&name.len()) && name != "." && name != "..";
         if !name_fits || name.bytes().any(|byte| byte.is_ascii_whitespace() || byte == 0 || b"/:%".contains(&byte)) {
             return Err(TunError::BadName { name: name.to_owned() });
         }
+        let several = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        let first = Self::open(name, libc::IFF_TUN_EXCL | several)?;
+        let mut all = vec![first];
+        for _ in 1..queues {
+            all.push(Self::open(name, several)?);
+        }
+        Ok(all)
+    }
+
+    fn open(name: &str, more_flags: libc::c_int) -> Result<Self, TunError> {
         let flags = libc::O_NONBLOCK | libc::O_CLOEXEC;
         let file =
             OpenOptions::new().read(true).write(true).custom_flags(flags).open(DEVICE).map_err(|error| match error
@@ -81,7 +94,7 @@ impl Tun {
                 ErrorKind::PermissionDenied => TunError::DeviceForbidden(error),
                 _ => TunError::NoDevice(error),
             })?;
-        attach(&file, name).map_err(|errno| match errno {
+        attach(&file, name, more_flags).map_err(|errno| match errno {
             Errno::EPERM | Errno::EACCES => TunError::NotPermitted { name: name.to_owned() },
             // EINVAL: a link of another kind has this name.
             Errno::EBUSY | Errno::EEXIST | Errno::EINVAL => TunError::Busy { name: name.to_owned() },
@@ -163,15 +176,14 @@ fn ask_offloads(file: &File) -> DeviceOffloads {
     DeviceOffloads { tcp: tcp_and_udp || ask(CHECKSUMS | TCP), udp: tcp_and_udp }
 }
 
-/// Makes the link that `file` will be.
-fn attach(file: &File, name: &str) -> Result<(), Errno> {
+/// Makes the link that `file` will be, or the queue of it.
+fn attach(file: &File, name: &str, more_flags: libc::c_int) -> Result<(), Errno> {
     // SAFETY: an all-zero ifreq is valid: it holds integers, arrays and pointers that are not followed.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags =
-        (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_TUN_EXCL | libc::IFF_VNET_HDR) as c_short;
+    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more_flags) as c_short;
     // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is, and keeps no reference to it.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
     Errno::result(result).map(drop)
@@ -187,14 +199,18 @@ mod tests {
     #[test]
     fn unusable_names_are_refused_before_any_system_call() {
         for name in ["", "sixteen-bytes-16", "a b", "a/b", "mesh%d", "a:b", ".", ".."] {
-            assert!(matches!(Tun::create(name), Err(TunError::BadName { .. })), "{name:?}");
+            assert!(matches!(Tun::create(name, 1), Err(TunError::BadName { .. })), "{name:?}");
         }
     }
 
     /// A link of the test's own, or why there is none.
     fn create(test: &str, name: &str) -> Option<Tun> {
-        match Tun::create(name) {
-            Ok(tun) => Some(tun),
+        create_queues(test, name, 1)?.pop()
+    }
+
+    fn create_queues(test: &str, name: &str, queues: usize) -> Option<Vec<Tun>> {
+        match Tun::create(name, queues) {
+            Ok(queues) => Some(queues),
             Err(error @ (TunError::NoDevice(_) | TunError::DeviceForbidden(_) | TunError::NotPermitted { .. })) => {
                 assert!(std::env::var_os("MESHSPAN_STRICT").is_none_or(|strict| strict != "1"), "{error}");
                 println!("SKIPPED {test}: sudo -E cargo test -p mesh-agent ({error})");
@@ -224,13 +240,29 @@ mod tests {
         let name = format!("mstun{}", std::process::id() % 100_000);
         let Some(tun) = create("a_link_lives_as_long_as_its_descriptor_and_is_not_shared", &name) else { return };
         assert_eq!(if_nametoindex(&*name).unwrap(), tun.index());
-        let second = Tun::create(&name).unwrap_err();
+        let second = Tun::create(&name, 1).unwrap_err();
         assert!(matches!(second, TunError::Busy { .. }), "{second}");
         assert!(second.to_string().contains("mesh.interfaceName"), "{second}");
         let mut batch = Packed::new(MAX_READ);
         assert_eq!(tun.read(&mut batch).unwrap(), Ready::Drained);
         assert!(batch.is_empty(), "a new link has no packets");
         drop(tun);
+        assert!(if_nametoindex(&*name).is_err(), "the link is gone");
+    }
+
+    #[test]
+    fn all_queues_are_of_one_link_which_ends_with_the_last() {
+        let name = format!("msqueue{}", std::process::id() % 100_000);
+        let test = "all_queues_are_of_one_link_which_ends_with_the_last";
+        let Some(mut queues) = create_queues(test, &name, 3) else { return };
+        let index = if_nametoindex(&*name).unwrap();
+        assert_eq!(queues.iter().map(Tun::index).collect::<Vec<_>>(), [index; 3]);
+        assert!(queues.iter().all(|queue| queue.offloads() == queues[0].offloads()));
+        let second = Tun::create(&name, 3).unwrap_err();
+        assert!(matches!(second, TunError::Busy { .. }), "{second}");
+        queues.truncate(1);
+        assert!(if_nametoindex(&*name).is_ok(), "one is left");
+        queues.clear();
         assert!(if_nametoindex(&*name).is_err(), "the link is gone");
     }
 }

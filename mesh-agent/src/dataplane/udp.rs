@@ -1,4 +1,5 @@
-//! The UDP socket pair: IPv4 and IPv6 on one port, marked so that they take the underlay and never the mesh.
+//! The UDP socket pair: IPv4 and IPv6 on one port, marked so that they take the underlay and never the mesh. Where several
+//! threads receive, several pairs on one port: what comes from one address always comes to one of them.
 //!
 //! A host without one of the families runs with the other.
 
@@ -60,7 +61,7 @@ impl UdpSockets {
         let attempts = if port == 0 { ANY_PORT_ATTEMPTS } else { 1 };
         let mut last = None;
         for _ in 0..attempts {
-            match Self::try_bind(port, mark) {
+            match Self::try_bind(port, mark, Sharing::None) {
                 Ok(pair) => {
                     pair.mark(mark);
                     return Ok(pair);
@@ -72,18 +73,39 @@ impl UdpSockets {
         Err(last.unwrap_or(BindError::PortInUse { port }))
     }
 
+    /// Opens so many pairs on one port, one at least. The first is refused where anybody has the port, and only then lets
+    /// the others in: no other agent becomes one of them.
+    pub fn bind_lanes(port: u16, mark: u32, lanes: usize) -> Result<Vec<Self>, BindError> {
+        let first = Self::bind(port, mark)?;
+        let port = first.port;
+        let mut all = vec![first];
+        for lane in 1..lanes {
+            if lane == 1 {
+                all[0].share().map_err(|source| BindError::Failed { port, source })?;
+            }
+            let pair = Self::try_bind(port, mark, Sharing::WithOwn)?;
+            pair.mark(mark);
+            all.push(pair);
+        }
+        Ok(all)
+    }
+
     /// The port of both sockets.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    fn try_bind(port: u16, mark: u32) -> Result<Self, BindError> {
-        let v4 = open((Ipv4Addr::UNSPECIFIED, port).into())?;
+    fn share(&self) -> io::Result<()> {
+        [&self.v4, &self.v6].into_iter().flatten().try_for_each(|socket| socket.socket().set_reuse_port(true))
+    }
+
+    fn try_bind(port: u16, mark: u32, sharing: Sharing) -> Result<Self, BindError> {
+        let v4 = open((Ipv4Addr::UNSPECIFIED, port).into(), sharing)?;
         let taken = match &v4 {
             Some(socket) => local_port(socket, port)?,
             None => port,
         };
-        let v6 = open((Ipv6Addr::UNSPECIFIED, taken).into())?;
+        let v6 = open((Ipv6Addr::UNSPECIFIED, taken).into(), sharing)?;
         let port = match &v6 {
             Some(socket) => local_port(socket, taken)?,
             None => taken,
@@ -201,8 +223,16 @@ fn send_now(socket: &Socket, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) -
     sendmsg(socket.as_raw_fd(), &blocks, limit.as_slice(), MsgFlags::MSG_DONTWAIT, Some(&SockaddrStorage::from(to)))
 }
 
+/// Whether a port may be another socket's as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    None,
+    /// Sockets of this user that are willing.
+    WithOwn,
+}
+
 /// `None` when the host does not have the family.
-fn open(address: SocketAddr) -> Result<Option<Socket>, BindError> {
+fn open(address: SocketAddr, sharing: Sharing) -> Result<Option<Socket>, BindError> {
     let port = address.port();
     let failed = |source| BindError::Failed { port, source };
     let socket = match Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP)) {
@@ -212,6 +242,9 @@ fn open(address: SocketAddr) -> Result<Option<Socket>, BindError> {
     };
     if address.is_ipv6() {
         socket.set_only_v6(true).map_err(failed)?;
+    }
+    if sharing == Sharing::WithOwn {
+        socket.set_reuse_port(true).map_err(failed)?;
     }
     match socket.bind(&address.into()) {
         Ok(()) => {}
@@ -239,6 +272,7 @@ fn local_port(socket: &Socket, asked: u16) -> Result<u16, BindError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::io::IoSliceMut;
     use std::time::Instant;
 
@@ -431,6 +465,41 @@ mod tests {
         assert_eq!(a.send(&batch, Duration::from_secs(1)), 39, "what a closed socket should send is lost and counted");
         let again = a.open_extra(Family::V4, 1);
         assert!(!opened.contains(&again[0]), "a number is not given again soon");
+    }
+
+    #[test]
+    fn lanes_share_a_port_with_nobody_and_each_sender_has_its_own() {
+        let lanes = UdpSockets::bind_lanes(0, 0, 3).unwrap();
+        let port = lanes[0].port();
+        assert!(lanes.iter().all(|lane| lane.port() == port));
+        for others in [1, 3] {
+            let error = UdpSockets::bind_lanes(port, 0, others).unwrap_err();
+            assert!(matches!(error, BindError::PortInUse { .. }), "{error}");
+        }
+        let target: SocketAddr = ([127, 0, 0, 1], port).into();
+        let senders: Vec<UdpSockets> = (0..40).map(|_| UdpSockets::bind(0, 0).unwrap()).collect();
+        for round in 0..3u8 {
+            for sender in &senders {
+                assert!(sender.send_one(Endpoint::Direct(target), &[round], None));
+            }
+        }
+        // What was sent on loopback has arrived.
+        let mut seen: BTreeMap<SocketAddr, Vec<(usize, u8)>> = BTreeMap::new();
+        for (number, lane) in lanes.iter().enumerate() {
+            let mut received = Received::default();
+            while lane.receive(&mut received).unwrap() == Ready::More || !received.is_empty() {
+                for (bytes, arrival, _) in received.iter() {
+                    seen.entry(arrival.source).or_default().push((number, bytes[0]));
+                }
+            }
+        }
+        assert_eq!(seen.len(), senders.len());
+        for (source, arrived) in &seen {
+            let lane = arrived[0].0;
+            assert_eq!(*arrived, [(lane, 0), (lane, 1), (lane, 2)], "all of {source} by one lane, in order");
+        }
+        let used: BTreeSet<usize> = seen.values().map(|arrived| arrived[0].0).collect();
+        assert!(used.len() > 1, "40 senders by one lane of three: once in 3^39");
     }
 
     #[test]

@@ -10,7 +10,8 @@ use mesh_proto::wire::stun;
 
 use super::*;
 use crate::dataplane::inner::tests::packet;
-use crate::dataplane::memory::{HostLink, MemoryNet, MemorySocket, MemoryTun, link};
+use crate::dataplane::memory::{HostLink, MemoryNet, MemorySocket, MemoryTun, link, link_with};
+use crate::dataplane::offloads::DeviceOffloads;
 use crate::dataplane::peer::{Path, Peer};
 use crate::dataplane::queues::{CONTROL_QUEUE, RELAY_QUEUE, RELAY_QUEUE_BYTES};
 
@@ -40,14 +41,16 @@ impl Node {
         Self::start_with(net, n, link())
     }
 
-    fn start_with(net: &MemoryNet, n: u8, (tun, host): (MemoryTun, HostLink)) -> Self {
+    /// With a lane for each queue of the link.
+    fn start_with(net: &MemoryNet, n: u8, (link, host): (Vec<MemoryTun>, HostLink)) -> Self {
         let started = RealInstant::now();
         // Far from the origin, as on a host that booted long ago.
         let clock: Clock = Arc::new(move || Instant::from_origin(Duration::from_secs(10_000) + started.elapsed()));
         let secret = WgSecret::from_seed(&[n; 32]);
         let endpoint = endpoint(n);
         let factory = BoringTunnels::new(&secret);
-        let engine = Engine::start(Some(tun), net.socket(endpoint), factory, Arc::clone(&clock)).unwrap();
+        let sockets = net.sockets(endpoint, link.len());
+        let engine = Engine::start(Some(link), sockets, factory, Arc::clone(&clock)).unwrap();
         Self { engine, host, key: secret.public(), endpoint, clock, reports: Vec::new(), is_relayed: false }
     }
 
@@ -161,6 +164,64 @@ fn connect(nodes: &mut [Node; 2]) {
         nodes.iter().all(|node| node.reports.iter().any(|(_, report)| matches!(report, PeerReport::Handshake { .. })))
     };
     until(nodes, "both report the handshake", both);
+}
+
+#[test]
+fn with_several_lanes_the_packets_of_each_peer_stay_in_order() {
+    const LANES: usize = 3;
+    const PEERS: u8 = 4;
+    const PACKETS: u16 = 300;
+    let net = MemoryNet::default();
+    let several = || link_with(DeviceOffloads::default(), LANES);
+    let mut nodes: [Node; 1 + PEERS as usize] =
+        std::array::from_fn(|at| Node::start_with(&net, at as u8 + 1, if at == 0 { several() } else { link() }));
+    let [hub, peers @ ..] = &mut nodes;
+    for (peer, n) in peers.iter_mut().zip(2..) {
+        hub.know(peer, n);
+        hub.route(peer, Some(peer.endpoint), &[]);
+        peer.know(hub, 1);
+        peer.route(hub, Some(hub.endpoint), &[]);
+        peer.engine.publish();
+    }
+    hub.engine.publish();
+    let address = |n: u8| format!("10.0.0.{n}");
+    // One each way first, so that all have sessions.
+    for n in 2..=PEERS + 1 {
+        nodes[0].host.send(&packet(&address(1), &address(n), 0, 60));
+        let expected = packet(&address(1), &address(n), 0, 60);
+        expect_packet(&mut nodes, usize::from(n) - 1, &expected, "the first packet connects");
+    }
+    let numbered = |from: &str, to: &str, number: u16| {
+        let mut packet = packet(from, to, 0, 100);
+        packet[40..42].copy_from_slice(&number.to_be_bytes());
+        packet
+    };
+    let mut heard: BTreeMap<(u8, u8), Vec<u16>> = BTreeMap::new();
+    let mut hear = |nodes: &mut [Node; 1 + PEERS as usize]| {
+        for node in nodes.iter() {
+            while let Some(packet) = node.host.receive() {
+                let number = u16::from_be_bytes([packet[40], packet[41]]);
+                heard.entry((packet[15], packet[19])).or_default().push(number);
+            }
+        }
+        heard.values().map(Vec::len).sum::<usize>()
+    };
+    for number in 0..PACKETS {
+        for n in 2..=PEERS + 1 {
+            nodes[usize::from(n) - 1].host.send(&numbered(&address(n), &address(1), number));
+            nodes[0].host.send(&numbered(&address(1), &address(n), number));
+        }
+        // No link or queue of the host holds all of them.
+        let sent = usize::from(number + 1) * 2 * usize::from(PEERS);
+        until(&mut nodes, "most have arrived", |nodes| hear(nodes) + 64 >= sent);
+    }
+    let all = usize::from(PACKETS) * 2 * usize::from(PEERS);
+    until(&mut nodes, "all have arrived", |nodes| hear(nodes) == all);
+    let in_order: Vec<u16> = (0..PACKETS).collect();
+    assert_eq!(heard.len(), 2 * usize::from(PEERS));
+    for (way, numbers) in heard {
+        assert_eq!(numbers, in_order, "{way:?}");
+    }
 }
 
 #[test]
@@ -413,12 +474,12 @@ fn a_deleted_link_is_told_and_sessions_outlive_it() {
     let mut nodes = pair(&net);
     connect(&mut nodes);
     assert!(!nodes[0].engine.link_lost());
-    let (tun, host) = link();
+    let (link, host) = link();
     drop(std::mem::replace(&mut nodes[0].host, host));
     until(&mut nodes, "the loss is noticed", |nodes| nodes[0].engine.link_lost());
     nodes[1].host.send(&packet("10.0.0.2", "10.0.0.1", 1, 60));
     until(&mut nodes, "no link to deliver to", |nodes| nodes[0].dropped("in_not_delivered") == 1);
-    nodes[0].engine.replace_tun(tun);
+    nodes[0].engine.replace_link(link);
     assert!(!nodes[0].engine.link_lost());
     nodes.iter_mut().for_each(|node| node.reports.clear());
     let there = packet("10.0.0.1", "10.0.0.2", 2, 60);
@@ -446,7 +507,7 @@ fn roaming_is_reported_and_changed_or_repeated_data_is_dropped() {
     let (_, datagram) = tapped.unwrap();
     // The engine behind b still reads its own inbox.
     nodes[1].reports.clear();
-    nodes[1].engine.shared.socket.deliver(elsewhere, &datagram);
+    nodes[1].engine.shared.sender().deliver(elsewhere, &datagram);
     expect_packet(&mut nodes, 1, &packet("10.0.0.1", "10.0.0.2", 1, 60), "it is accepted from anywhere");
     until(&mut nodes, "roaming is told", |nodes| !nodes[1].reports.is_empty());
     let a = nodes[0].key;
@@ -454,8 +515,8 @@ fn roaming_is_reported_and_changed_or_repeated_data_is_dropped() {
     let mut changed = datagram.clone();
     changed[20] ^= 1;
     changed[8] ^= 0x40;
-    nodes[1].engine.shared.socket.deliver(elsewhere, &changed);
-    nodes[1].engine.shared.socket.deliver(elsewhere, &datagram);
+    nodes[1].engine.shared.sender().deliver(elsewhere, &changed);
+    nodes[1].engine.shared.sender().deliver(elsewhere, &datagram);
     until(&mut nodes, "changed and repeated data is dropped", |nodes| {
         nodes[1].dropped("in_invalid") == 1 && nodes[1].dropped("in_replayed") == 1
     });

@@ -12,8 +12,8 @@ const ALL: DeviceOffloads = DeviceOffloads { tcp: true, udp: true };
 const HEADERS: usize = 40;
 
 fn nodes(net: &MemoryNet, at_receiver: DeviceOffloads) -> [Node; 2] {
-    let sender = Node::start_with(net, 1, link_with(ALL));
-    introduce([sender, Node::start_with(net, 2, link_with(at_receiver))])
+    let sender = Node::start_with(net, 1, link_with(ALL, 1));
+    introduce([sender, Node::start_with(net, 2, link_with(at_receiver, 1))])
 }
 
 /// What the first node's host hands over: TCP with `payload`, to be cut at `segment`.
@@ -125,7 +125,7 @@ fn congestion_that_the_underlay_met_is_told_to_the_inner_packet() {
     });
     let (source, datagram) = tapped.unwrap();
     let arrival = Arrival { ecn: Ecn::Met, ..source.into() };
-    nodes[1].engine.shared.socket.deliver_marked(arrival, &datagram);
+    nodes[1].engine.shared.sender().deliver_marked(arrival, &datagram);
     let mut marked = capable;
     marked[1] = 3;
     expect_packet(&mut nodes, 1, &marked, "marked");
