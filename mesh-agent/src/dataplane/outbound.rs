@@ -4,7 +4,6 @@
 //! waits. They leave in the order they came, per peer.
 
 use std::net::IpAddr;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use mesh_common::time::Instant;

@@ -150,7 +150,7 @@ pub(crate) fn counters() -> BTreeSet<String> {
 fn drops() -> EngineStats {
     let sockets = UdpSockets::bind(0, 0).unwrap();
     let tunnels = BoringTunnels::new(&WgSecret::from_seed(&[1; 32]));
-    let mut engine = Engine::start(None::<Tun>, sockets, tunnels, Arc::new(clock::now)).unwrap();
+    let mut engine = Engine::start(None::<Vec<Tun>>, vec![sockets], tunnels, Arc::new(clock::now)).unwrap();
     let stats = engine.stats();
     engine.stop();
     stats
