@@ -17,7 +17,7 @@ use super::drops::Drop;
 use super::ecn::{Ecn, mark_congestion};
 use super::index;
 use super::inner::Inner;
-use super::io::{DatagramSocket, MAX_BATCH, MAX_PACKET, Outgoing, Packed, PacketDevice, Ready, Received};
+use super::io::{ANY_READABLE, DatagramSocket, MAX_BATCH, MAX_PACKET, Outgoing, Packed, PacketDevice, Ready, Received};
 use super::peer::{Inside, Peer, Source};
 use super::queues::MAX_CONTROL_DATAGRAM;
 use super::shared::{Shared, Snapshot};
@@ -38,19 +38,22 @@ where
 {
     let mut batch = Batch::new(lane);
     let (socket, waker) = (&shared.sockets[lane], &shared.lanes[lane].inbound);
+    let mut readable = ANY_READABLE;
     while !shared.is_stopping() {
-        match socket.receive(&mut batch.received) {
+        match socket.receive(readable, &mut batch.received) {
             Ok(ready) => {
                 if !batch.received.is_empty() {
                     batch.carry(shared);
                 }
-                if ready == Ready::Drained {
-                    waker.wait(&socket.descriptors(), None);
-                }
+                readable = match ready {
+                    Ready::Drained => waker.wait(socket.descriptors(), None),
+                    Ready::More => ANY_READABLE,
+                };
             }
             Err(_) => {
                 shared.drops.count(Drop::InSocketError);
-                waker.wait(&[], Some(ERROR_PAUSE));
+                waker.wait([None; 3], Some(ERROR_PAUSE));
+                readable = ANY_READABLE;
             }
         }
     }

@@ -50,8 +50,8 @@ pub trait DatagramSocket: Send + Sync + 'static {
     /// What to poll for datagrams: one descriptor a family, and one for all sockets beside the pair.
     fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 3];
 
-    /// Takes what has arrived, at most a batch, in place of what `batch` held.
-    fn receive(&self, batch: &mut Received) -> io::Result<Ready>;
+    /// Takes what has arrived at these of the descriptors, at most a batch, in place of what `batch` held.
+    fn receive(&self, readable: Readable, batch: &mut Received) -> io::Result<Ready>;
 
     /// Sends all datagrams with a UDP address and says how many of them did not leave; relayed ones are not its own. Waits up
     /// to `patience` for a full send buffer.
@@ -68,6 +68,11 @@ pub trait DatagramSocket: Send + Sync + 'static {
     /// How the kernel takes and gives datagrams.
     fn offloads(&self) -> SocketOffloads;
 }
+
+/// Which of three descriptors may have something.
+pub(super) type Readable = [bool; 3];
+
+pub(super) const ANY_READABLE: Readable = [true; 3];
 
 /// Whether there is more to take at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

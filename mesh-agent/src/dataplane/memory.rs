@@ -13,7 +13,7 @@ use mesh_proto::offload::VnetHeader;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::io::{Arrival, DatagramSocket, Outgoing, Packed, PacketDevice, Ready, Received};
+use super::io::{Arrival, DatagramSocket, Outgoing, Packed, PacketDevice, Readable, Ready, Received};
 use super::offloads::{DeviceOffloads, SocketOffloads};
 use super::tun::{read_packets, write_packet};
 
@@ -174,7 +174,7 @@ impl DatagramSocket for MemorySocket {
         [Some(self.inbox.arrived.as_fd()), None, None]
     }
 
-    fn receive(&self, batch: &mut Received) -> io::Result<Ready> {
+    fn receive(&self, _readable: Readable, batch: &mut Received) -> io::Result<Ready> {
         batch.clear();
         // Before the datagrams are taken, so that what comes meanwhile wakes again.
         let _none_arrived = self.inbox.arrived.read();

@@ -36,7 +36,7 @@ where
     while !shared.is_stopping() {
         let link = shared.link.load_full();
         let Some((link, device)) = link.as_ref().and_then(|link| Some((link, link.get(lane)?))) else {
-            waker.wait(&[], None);
+            waker.wait([None; 3], None);
             continue;
         };
         batch.packets.clear();
@@ -46,7 +46,7 @@ where
                     batch.carry(shared);
                 }
                 if ready == Ready::Drained {
-                    waker.wait(&[Some(device.as_fd())], None);
+                    waker.wait([Some(device.as_fd()), None, None], None);
                 }
             }
             Err(error) => {

@@ -12,14 +12,13 @@ use mesh_common::key::WgPublicKey;
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
 use mesh_proto::wg::Tunnel;
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::drops::{Drop, Drops};
 use super::engine::Clock;
 use super::index::IndexTable;
-use super::io::{DatagramSocket, Outgoing, PacketDevice};
+use super::io::{ANY_READABLE, DatagramSocket, Outgoing, PacketDevice, Readable};
 use super::peer::Peer;
 use super::queues::Queues;
 
@@ -150,19 +149,20 @@ impl Waker {
         let _full = self.0.write(1);
     }
 
-    /// Waits until one of `readable` (at most three) is readable or broken, somebody wakes, or `limit` has passed.
-    pub(super) fn wait(&self, readable: &[Option<BorrowedFd<'_>>], limit: Option<Duration>) {
+    /// Waits until one of `descriptors` is readable or broken, somebody wakes, or `limit` has passed. Gives which are.
+    pub(super) fn wait(&self, descriptors: [Option<BorrowedFd<'_>>; 3], limit: Option<Duration>) -> Readable {
         let waker = self.0.as_fd();
         // A descriptor that is missing is stood in for by the waker's own.
-        let descriptor = |at: usize| readable.get(at).copied().flatten().unwrap_or(waker);
-        let mut polled =
-            [waker, descriptor(0), descriptor(1), descriptor(2)].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let [first, second, third] = descriptors.map(|descriptor| descriptor.unwrap_or(waker));
+        let mut polled = [waker, first, second, third].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let limit = limit.map_or(PollTimeout::NONE, |limit| PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX));
-        match poll(&mut polled, limit) {
-            Ok(_) | Err(Errno::EINTR) => {
-                let _not_woken = self.0.read();
-            }
-            Err(_) => {}
+        if poll(&mut polled, limit).is_err() {
+            return ANY_READABLE;
         }
+        let [woken, readable @ ..] = polled.map(|fd| fd.any().unwrap_or(true));
+        if woken {
+            let _woken = self.0.read();
+        }
+        readable
     }
 }

@@ -15,7 +15,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setso
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::extra::ExtraSockets;
-use super::io::{DatagramSocket, MAX_BATCH, Outgoing, Ready, Received};
+use super::io::{DatagramSocket, MAX_BATCH, Outgoing, Readable, Ready, Received};
 use super::mmsg::BatchSocket;
 use super::offloads::SocketOffloads;
 
@@ -137,14 +137,14 @@ impl DatagramSocket for UdpSockets {
         [v4, v6, Some(self.extra.descriptor())]
     }
 
-    fn receive(&self, batch: &mut Received) -> io::Result<Ready> {
+    fn receive(&self, [v4, v6, extra]: Readable, batch: &mut Received) -> io::Result<Ready> {
         batch.clear();
-        let mut order = [&self.v4, &self.v6];
+        let mut order = [self.v4.as_ref().filter(|_| v4), self.v6.as_ref().filter(|_| v6)];
         if self.v6_first.fetch_xor(true, Ordering::Relaxed) {
             order.reverse();
         }
         let mut ready = Ready::Drained;
-        for (id, socket) in self.extra.ready() {
+        for (id, socket) in extra.then(|| self.extra.ready()).into_iter().flatten() {
             // One of many: what is wrong with it shows as silence.
             let _failed = socket.receive(Some(id), MAX_BATCH / 2, batch);
             ready = Ready::More;
@@ -281,13 +281,14 @@ mod tests {
 
     use super::*;
     use crate::dataplane::ecn::Ecn;
+    use crate::dataplane::io::ANY_READABLE;
 
     fn receive(sockets: &UdpSockets, expected: usize) -> Vec<(Vec<u8>, SocketAddr)> {
         let deadline = Instant::now() + Duration::from_secs(5);
         let (mut batch, mut all) = (Received::default(), Vec::new());
         while all.len() < expected {
             assert!(Instant::now() < deadline, "{} of {expected} datagrams came", all.len());
-            sockets.receive(&mut batch).unwrap();
+            sockets.receive(ANY_READABLE, &mut batch).unwrap();
             all.extend(batch.iter().map(|(bytes, arrival, _)| (bytes.to_vec(), arrival.source)));
             let fds: Vec<_> = sockets.descriptors().into_iter().flatten().collect();
             let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
@@ -351,7 +352,7 @@ mod tests {
                 let deadline = Instant::now() + Duration::from_secs(5);
                 while got.len() < lens.len() {
                     assert!(Instant::now() < deadline, "{} of {} came to {to}", got.len(), lens.len());
-                    b.receive(&mut received).unwrap();
+                    b.receive(ANY_READABLE, &mut received).unwrap();
                     assert!(received.iter().all(|(_, arrival, _)| arrival.ecn == ecn), "{to} {ecn:?}");
                     got.extend(received.iter().map(|(bytes, ..)| (bytes.len(), bytes[0])));
                 }
@@ -454,7 +455,7 @@ mod tests {
             assert!(Instant::now() < deadline, "{} answers", sockets.len());
             let all = a.descriptors()[2].unwrap();
             poll(&mut [PollFd::new(all, PollFlags::POLLIN)], PollTimeout::from(1000u16)).unwrap();
-            a.receive(&mut received).unwrap();
+            a.receive(ANY_READABLE, &mut received).unwrap();
             sockets.extend(received.iter().filter_map(|(_, arrival, _)| arrival.socket));
         }
         assert_eq!(sockets, opened.iter().copied().collect());
@@ -487,7 +488,7 @@ mod tests {
         let mut seen: BTreeMap<SocketAddr, Vec<(usize, u8)>> = BTreeMap::new();
         for (number, lane) in lanes.iter().enumerate() {
             let mut received = Received::default();
-            while lane.receive(&mut received).unwrap() == Ready::More || !received.is_empty() {
+            while lane.receive(ANY_READABLE, &mut received).unwrap() == Ready::More || !received.is_empty() {
                 for (bytes, arrival, _) in received.iter() {
                     seen.entry(arrival.source).or_default().push((number, bytes[0]));
                 }
