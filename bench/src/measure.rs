@@ -33,11 +33,15 @@ const TRY_AT_LEAST: f64 = 0.2;
 const OFFERED: f64 = 0.97;
 /// For the search of a rate: bursts stay far smaller than any queue.
 const FINE: Duration = Duration::from_micros(100);
-/// 200 Mbit/s in datagrams of 1400 bytes, paced as iperf3 does: 18 of them each millisecond.
+/// 200 Mbit/s in packets of 1400 bytes, paced as iperf3 does: 18 of them each millisecond.
 const UDP200_SIZE: usize = 1400;
 const UDP200: Rate = Rate { per_second: 200e6 / 8.0 / UDP200_SIZE as f64, wake_every: Duration::from_millis(1) };
 /// What a tunnel may lose of a rate far below its capacity before the step fails.
 const UDP200_LOSS: f64 = 0.01;
+
+const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
+const UDP_HEADER: usize = 8;
 
 /// The figures of one contender in one round.
 pub type Figures = BTreeMap<Metric, f64>;
@@ -153,9 +157,9 @@ impl Measuring<'_> {
         Ok((there?, back?))
     }
 
-    /// Searches the highest rate at which every datagram arrives.
+    /// Searches the highest rate at which every packet arrives.
     fn lossfree(&self, size: usize, metric: Metric, figures: &mut Figures) -> Result<()> {
-        // Of figures and of rates: kilo-datagrams for the smallest, Mbit/s else.
+        // Of figures and of rates: kilo-packets for the smallest, Mbit/s else.
         let unit = if metric == Metric::Udp64 { 1e3 } else { 1e6 / 8.0 / size as f64 };
         let start = self.before.get(&metric).filter(|rate| **rate > 0.0).map_or(20_000.0, |rate| rate * unit);
         let seconds = (self.seconds * TRY_OF).max(TRY_AT_LEAST);
@@ -183,14 +187,14 @@ impl Measuring<'_> {
         Ok((!self.running.pids().is_empty()).then_some(cost))
     }
 
-    /// Datagrams from left to right: sent, arrived, and the rate that was really offered.
+    /// Packets of `size` bytes from left to right: sent, arrived, and the rate that was really offered.
     fn udp(&self, size: usize, rate: Rate, seconds: f64) -> Result<(u64, u64, f64)> {
         let at = SocketAddr::new(self.running.right, 0);
         // Late datagrams of one run must not count in the next.
         let run = self.bed.next_run();
         let (sink, port) = self.bed.right.generator.receive(&Order::UdpSink { at, run })?;
         let to = SocketAddr::new(self.running.right, port);
-        let source = Order::UdpSource { to, run, size, rate, seconds };
+        let source = Order::UdpSource { to, run, size: size - headers(to), rate, seconds };
         let Done::UdpSent { sent, nanos, .. } = self.bed.left.generator.run(&source)? else {
             bail!("a UDP sender did not tell what it sent");
         };
@@ -234,6 +238,11 @@ impl Measuring<'_> {
         nanos.sort_unstable();
         Ok(nanos)
     }
+}
+
+/// Bytes of a UDP packet to this address before its payload.
+fn headers(to: SocketAddr) -> usize {
+    UDP_HEADER + if to.is_ipv4() { IPV4_HEADER } else { IPV6_HEADER }
 }
 
 fn received(done: Done) -> Result<(u64, f64)> {

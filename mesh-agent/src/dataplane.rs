@@ -32,6 +32,7 @@ mod offloads;
 mod outbound;
 mod peer;
 mod queues;
+mod scheduling;
 mod shared;
 mod table;
 mod traffic;

@@ -26,7 +26,7 @@ use super::table::PeerTable;
 use super::tun::Tun;
 use super::tunnel::{BoringTunnels, TunnelFactory};
 use super::udp::UdpSockets;
-use super::{inbound, outbound};
+use super::{inbound, outbound, scheduling};
 
 /// The clock of the whole agent: the data threads read it once a batch.
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
@@ -253,7 +253,13 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
 
     fn spawn(&mut self, name: String, lane: usize, run: fn(&Shared<F::Tunnel, D, S>, usize)) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
-        self.threads.push(thread::Builder::new().name(name).spawn(move || run(&shared, lane))?);
+        let carry = move || {
+            if let Err(error) = scheduling::yield_to_running() {
+                tracing::debug!(%error, "a data thread is scheduled like any other");
+            }
+            run(&shared, lane);
+        };
+        self.threads.push(thread::Builder::new().name(name).spawn(carry)?);
         Ok(())
     }
 }
