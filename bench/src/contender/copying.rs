@@ -111,6 +111,10 @@ impl TunnelFactory for CopyingTunnels {
         CopyingTunnel { own: 3 - peer.0[0], local: index << 8, remote: None, sent: 0 }
     }
 
+    fn is_for_us(&self, _initiation: &[u8]) -> bool {
+        true
+    }
+
     fn admit<'a>(&self, _message: &[u8], _source: IpAddr, _reply: &'a mut [u8]) -> Result<(), Refused<'a>> {
         Ok(())
     }

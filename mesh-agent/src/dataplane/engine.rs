@@ -38,7 +38,7 @@ const LIMITS_INTERVAL: Duration = Duration::from_secs(1);
 /// Tunnels to all peers, and the threads that move their packets. All methods are for the one control thread; none waits.
 pub struct Engine<F: TunnelFactory = BoringTunnels, D: PacketDevice = Tun, S: DatagramSocket = UdpSockets> {
     shared: Arc<Shared<F::Tunnel, D, S>>,
-    factory: F,
+    factory: Arc<F>,
     peers: PeerTable<F::Tunnel>,
     /// The threads do not know all of `peers` yet.
     unpublished: bool,
@@ -56,8 +56,11 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         }
         let mut seed = [0; 8];
         getrandom::fill(&mut seed).map_err(|error| io::Error::other(error.to_string()))?;
+        let factory = Arc::new(factory);
+        let doorman = Arc::clone(&factory);
+        let is_for_us = Box::new(move |initiation: &[u8]| doorman.is_for_us(initiation));
         let mut engine = Self {
-            shared: Arc::new(Shared::new(link, sockets, clock)?),
+            shared: Arc::new(Shared::new(link, sockets, clock, is_for_us)?),
             factory,
             peers: PeerTable::new(u64::from_le_bytes(seed)),
             unpublished: false,
@@ -157,7 +160,7 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
     pub fn handle_relayed(&mut self, sender: &WgPublicKey, server: ServerId, datagram: &[u8]) {
         self.publish();
         let (source, now) = ((server, *sender), self.shared.now());
-        self.outbox.handle_relayed(&self.shared, &self.factory, &self.peers, source, datagram, now);
+        self.outbox.handle_relayed(&self.shared, &*self.factory, &self.peers, source, datagram, now);
     }
 
     /// Probes and STUN messages that came since the last call.
@@ -197,7 +200,7 @@ impl<F: TunnelFactory, D: PacketDevice, S: DatagramSocket> Engine<F, D, S> {
         self.publish();
         for handled in 0..=HANDSHAKES_A_CALL {
             let Some(message) = self.shared.control.next_handshake() else { break };
-            self.outbox.handle_handshake(&self.shared, &self.factory, &self.peers, &message, now);
+            self.outbox.handle_handshake(&self.shared, &*self.factory, &self.peers, &message, now);
             if handled == HANDSHAKES_A_CALL {
                 self.shared.control.notify.notify_one();
             }

@@ -135,7 +135,9 @@ impl Batch {
                     }
                 }
                 Datagram::WireGuard(kind) => {
-                    if !shared.control.queue_handshake(kind, source, datagram) {
+                    if let Some(why) = why_not_handshake(shared, snapshot, kind, datagram) {
+                        shared.drops.count(why);
+                    } else if !shared.control.queue_handshake(kind, source, datagram) {
                         shared.drops.count(Drop::HandshakeQueueFull);
                     }
                 }
@@ -150,6 +152,22 @@ impl Batch {
         }
         shared.drops.add(Drop::InUnknown, unknown);
         self.order.sort_unstable();
+    }
+}
+
+/// Why control need not see a handshake message. Checks that are cheaper than a place in its queue, and keep junk from taking
+/// those of genuine messages.
+fn why_not_handshake<T, D, S>(
+    shared: &Shared<T, D, S>,
+    snapshot: &Snapshot<T>,
+    kind: WireGuardKind,
+    datagram: &[u8],
+) -> Option<Drop> {
+    let is_of_a_tunnel = |at| index::read(datagram, at).and_then(|index| snapshot.by_index.slot(index)).is_some();
+    match kind {
+        WireGuardKind::Initiation => (!(shared.is_for_us)(datagram)).then_some(Drop::HandshakeInvalid),
+        WireGuardKind::Response => (!is_of_a_tunnel(8)).then_some(Drop::HandshakeUnexpected),
+        WireGuardKind::CookieReply | WireGuardKind::Data => (!is_of_a_tunnel(4)).then_some(Drop::HandshakeUnexpected),
     }
 }
 

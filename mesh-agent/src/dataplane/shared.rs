@@ -25,6 +25,9 @@ use super::queues::Queues;
 /// How long a thread waits for the kernel's send buffer before it drops.
 const SEND_PATIENCE: Duration = Duration::from_millis(100);
 
+/// Judges a datagram.
+type Filter = Box<dyn Fn(&[u8]) -> bool + Send + Sync>;
+
 pub(super) struct Shared<T, D, S> {
     pub(super) clock: Clock,
     pub(super) snapshot: ArcSwap<Snapshot<T>>,
@@ -35,6 +38,8 @@ pub(super) struct Shared<T, D, S> {
     pub(super) lanes: Vec<Lane>,
     pub(super) drops: Drops,
     pub(super) control: Queues<T>,
+    /// [`TunnelFactory::is_for_us`](super::tunnel::TunnelFactory::is_for_us).
+    pub(super) is_for_us: Filter,
     pub(super) link_lost: AtomicBool,
     stop: AtomicBool,
 }
@@ -67,7 +72,7 @@ impl<T> Snapshot<T> {
 }
 
 impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
-    pub(super) fn new(link: Option<Vec<D>>, sockets: Vec<S>, clock: Clock) -> io::Result<Self> {
+    pub(super) fn new(link: Option<Vec<D>>, sockets: Vec<S>, clock: Clock, is_for_us: Filter) -> io::Result<Self> {
         let lane = |_| Ok(Lane { outbound: Waker::new()?, inbound: Waker::new()? });
         Ok(Self {
             clock,
@@ -77,6 +82,7 @@ impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
             sockets,
             drops: Drops::default(),
             control: Queues::default(),
+            is_for_us,
             link_lost: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         })

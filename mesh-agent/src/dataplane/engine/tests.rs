@@ -439,7 +439,7 @@ fn strangers_and_junk_cost_counters_only() {
     until(&mut nodes, "all counted", |nodes| {
         let counts = ["in_unknown_index", "in_unknown", "handshake_invalid", "handshake_unexpected"]
             .map(|name| nodes[0].dropped(name));
-        counts == [2, 5, 2, 1]
+        counts == [2, 5, 1, 2]
     });
     nodes[0].host.send(&[0xff; 40]);
     nodes[0].host.send(&[0x45]);
@@ -452,8 +452,7 @@ fn strangers_and_junk_cost_counters_only() {
 fn a_full_queue_of_handshakes_drops_the_rest() {
     let net = MemoryNet::default();
     let node = Node::start(&net, 1);
-    let mut initiation = [0; 148];
-    initiation[0] = 1;
+    let initiation = initiation_of_a_stranger(&net, &node);
     let extra = 40;
     for _ in 0..CONTROL_QUEUE + extra {
         net.inject(endpoint(77), node.endpoint, &initiation);
@@ -464,8 +463,41 @@ fn a_full_queue_of_handshakes_drops_the_rest() {
         thread::yield_now();
     }
     let mut nodes = [node];
-    until(&mut nodes, "the others are looked at", |[node]| node.dropped("handshake_invalid") == CONTROL_QUEUE as u64);
+    let looked_at = |node: &Node| node.dropped("handshake_unknown_key") == CONTROL_QUEUE as u64;
+    until(&mut nodes, "the others are looked at", |[node]| looked_at(node));
     assert_eq!(nodes[0].dropped("handshake_queue_full"), extra as u64);
+}
+
+#[test]
+fn junk_takes_no_place_in_the_queue_of_handshakes() {
+    let net = MemoryNet::default();
+    let node = Node::start(&net, 1);
+    let initiation = initiation_of_a_stranger(&net, &node);
+    let for_another = initiation_of_a_stranger(&net, &Node::start(&net, 3));
+    // Nobody looks at the queue meanwhile.
+    for n in 0..CONTROL_QUEUE {
+        net.inject(endpoint(77), node.endpoint, &for_another);
+        let (kind, len) = [(1, 148), (2, 92), (3, 64)][n % 3];
+        let mut junk = vec![n as u8; len];
+        junk[..4].copy_from_slice(&[kind, 0, 0, 0]);
+        net.inject(endpoint(77), node.endpoint, &junk);
+    }
+    net.inject(endpoint(77), node.endpoint, &initiation);
+    let mut nodes = [node];
+    until(&mut nodes, "the genuine one is looked at", |[node]| node.dropped("handshake_unknown_key") == 1);
+    let dropped =
+        ["handshake_invalid", "handshake_unexpected", "handshake_queue_full"].map(|name| nodes[0].dropped(name));
+    assert_eq!((dropped[0] + dropped[1], dropped[2]), (2 * CONTROL_QUEUE as u64, 0));
+}
+
+/// An initiation made for the node by somebody whom it does not know.
+fn initiation_of_a_stranger(net: &MemoryNet, node: &Node) -> Vec<u8> {
+    let (address, mut stranger) = (endpoint(99), Node::start(net, 98));
+    let wire = net.socket(address);
+    stranger.know(node, 1);
+    stranger.route(node, Some(address), &[]);
+    assert!(stranger.engine.start_handshake(&node.key));
+    wire.next().unwrap().1
 }
 
 #[test]
@@ -590,8 +622,7 @@ fn waiting_wakes_for_a_handshake() {
     let net = MemoryNet::default();
     let node = Node::start(&net, 1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let mut initiation = [0; 148];
-    initiation[0] = 1;
+    let initiation = initiation_of_a_stranger(&net, &node);
     net.inject(endpoint(77), node.endpoint, &initiation);
     let woken = runtime.block_on(async { tokio::time::timeout(PATIENCE, node.engine.wait()).await });
     assert!(woken.is_ok());
