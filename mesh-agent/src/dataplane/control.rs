@@ -141,9 +141,9 @@ impl Outbox {
         let source = Source::Relay(server, sender);
         match classify(datagram) {
             _ if peers.by_key(&sender).is_none() => shared.drops.count(Drop::RelayedUnknownPeer),
-            Datagram::WireGuard(WireGuardKind::Data) => {
+            Datagram::WireGuard(kind @ WireGuardKind::Data) => {
                 let snapshot = shared.snapshot.load();
-                let slot = index::read(datagram, 4).and_then(|index| snapshot.by_index.slot(index));
+                let slot = index::receiver(kind, datagram).and_then(|index| snapshot.by_index.slot(index));
                 let Some(slot) = slot else { return shared.drops.count(Drop::InUnknownIndex) };
                 if snapshot.peer(slot).key != sender {
                     return shared.drops.count(Drop::RelayedForeign);
@@ -183,17 +183,15 @@ impl Outbox {
                 }
             }
         }
-        let by_index = |at| {
-            let found = index::read(bytes, at).and_then(|index| peers.by_index(index));
-            found.ok_or(Drop::HandshakeUnexpected)
-        };
         let peer = match message.kind {
             WireGuardKind::Initiation => {
                 let key = factory.initiator(bytes).ok_or(Drop::HandshakeInvalid)?;
                 peers.by_key(&key).ok_or(Drop::HandshakeUnknownKey)
             }
-            WireGuardKind::Response => by_index(8),
-            WireGuardKind::CookieReply | WireGuardKind::Data => by_index(4),
+            kind => {
+                let found = index::receiver(kind, bytes).and_then(|index| peers.by_index(index));
+                found.ok_or(Drop::HandshakeUnexpected)
+            }
         }?;
         match message.source.named_sender() {
             Some(sender) if sender != peer.key => Err(Drop::RelayedForeign),

@@ -123,8 +123,8 @@ impl Batch {
         let mut last: Option<(u32, u32)> = None;
         for (datagram, source, start) in self.received.iter() {
             match classify(datagram) {
-                Datagram::WireGuard(WireGuardKind::Data) => {
-                    let Some(index) = index::read(datagram, 4) else { continue };
+                Datagram::WireGuard(kind @ WireGuardKind::Data) => {
+                    let Some(index) = index::receiver(kind, datagram) else { continue };
                     let known = last.filter(|(last, _)| *last == index).map(|(_, slot)| slot);
                     match known.or_else(|| snapshot.by_index.slot(index)) {
                         Some(slot) => {
@@ -163,12 +163,11 @@ fn why_not_handshake<T, D, S>(
     kind: WireGuardKind,
     datagram: &[u8],
 ) -> Option<Drop> {
-    let is_of_a_tunnel = |at| index::read(datagram, at).and_then(|index| snapshot.by_index.slot(index)).is_some();
-    match kind {
-        WireGuardKind::Initiation => (!(shared.is_for_us)(datagram)).then_some(Drop::HandshakeInvalid),
-        WireGuardKind::Response => (!is_of_a_tunnel(8)).then_some(Drop::HandshakeUnexpected),
-        WireGuardKind::CookieReply | WireGuardKind::Data => (!is_of_a_tunnel(4)).then_some(Drop::HandshakeUnexpected),
+    if kind == WireGuardKind::Initiation {
+        return (!(shared.is_for_us)(datagram)).then_some(Drop::HandshakeInvalid);
     }
+    let slot = index::receiver(kind, datagram).and_then(|index| snapshot.by_index.slot(index));
+    slot.is_none().then_some(Drop::HandshakeUnexpected)
 }
 
 /// Hands opened packets to the host by the queue of this lane, joined as far as it takes them so.

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use mesh_proto::random::SplitMix64;
+use mesh_proto::wire::demux::WireGuardKind;
 
 /// Indices in use.
 #[derive(Debug)]
@@ -55,9 +56,15 @@ impl FromIterator<(u32, u32)> for IndexTable {
     }
 }
 
-/// The receiver index at `at` of a datagram: 4 in data and cookie replies, 8 in responses.
-pub(super) fn read(datagram: &[u8], at: usize) -> Option<u32> {
-    let bytes = datagram.get(at..at + 4)?;
+/// The receiver index of a message; an initiation has none.
+#[inline]
+pub(super) fn receiver(kind: WireGuardKind, message: &[u8]) -> Option<u32> {
+    let at = match kind {
+        WireGuardKind::Initiation => return None,
+        WireGuardKind::Response => 8,
+        WireGuardKind::CookieReply | WireGuardKind::Data => 4,
+    };
+    let bytes = message.get(at..at + 4)?;
     Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
 }
 
