@@ -18,6 +18,7 @@ use super::ecn::{Ecn, mark_congestion};
 use super::index;
 use super::inner::Inner;
 use super::io::{ANY_READABLE, DatagramSocket, MAX_BATCH, MAX_PACKET, Outgoing, Packed, PacketDevice, Ready, Received};
+use super::outbound;
 use super::peer::{Inside, Peer, Source};
 use super::queues::MAX_CONTROL_DATAGRAM;
 use super::shared::{Shared, Snapshot};
@@ -44,6 +45,9 @@ where
             Ok(ready) => {
                 if !batch.received.is_empty() {
                     batch.carry(shared);
+                    if batch.opened.len() == 1 {
+                        outbound::take_turn(shared, lane);
+                    }
                 }
                 readable = match ready {
                     Ready::Drained => waker.wait(socket.descriptors(), None),

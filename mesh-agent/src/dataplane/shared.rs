@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -19,6 +19,7 @@ use super::drops::{Drop, Drops};
 use super::engine::Clock;
 use super::index::IndexTable;
 use super::io::{ANY_READABLE, DatagramSocket, Outgoing, PacketDevice, Readable};
+use super::outbound;
 use super::peer::Peer;
 use super::queues::Queues;
 
@@ -48,6 +49,7 @@ pub(super) struct Shared<T, D, S> {
 pub(super) struct Lane {
     pub(super) outbound: Waker,
     pub(super) inbound: Waker,
+    pub(super) outgoing: Mutex<outbound::Batch>,
 }
 
 /// What the threads know of peers, replaced as a whole.
@@ -73,7 +75,10 @@ impl<T> Snapshot<T> {
 
 impl<T: Tunnel + 'static, D: PacketDevice, S: DatagramSocket> Shared<T, D, S> {
     pub(super) fn new(link: Option<Vec<D>>, sockets: Vec<S>, clock: Clock, is_for_us: Filter) -> io::Result<Self> {
-        let lane = |_| Ok(Lane { outbound: Waker::new()?, inbound: Waker::new()? });
+        let lane = |_| {
+            let outgoing = Mutex::new(outbound::Batch::new());
+            Ok(Lane { outbound: Waker::new()?, inbound: Waker::new()?, outgoing })
+        };
         Ok(Self {
             clock,
             snapshot: ArcSwap::default(),
