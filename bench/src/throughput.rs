@@ -229,12 +229,12 @@ impl<'a> Run<'a> {
                 break;
             }
         }
-        if let Some(peak) = running.peak_rss_mib()? {
+        let peak = running.peak_rss_mib();
+        if let Ok(Some(peak)) = peak {
             figures.insert(Metric::PeakRss, peak);
         }
-        if let Some(error) = failed {
-            return Err(error);
-        }
+        // Why a program ended says more than that its memory cannot be read any more.
+        failed.map_or(peak.map(drop), Err)?;
         if self.args.check_iperf3 && !contender.is_ceiling() {
             self.progress.set_message(format!("{label} · iperf3"));
             let theirs = iperf3::tcp1(&bed, &running, self.seconds)?;
