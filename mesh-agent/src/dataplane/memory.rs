@@ -22,6 +22,14 @@ use super::tun::{read_packets, write_packet};
 pub(crate) struct MemoryTun {
     file: File,
     offloads: DeviceOffloads,
+    /// Polled in place of the file: nobody hears that there is something to read.
+    silence: Option<EventFd>,
+}
+
+impl MemoryTun {
+    pub(crate) fn silenced(self) -> Self {
+        Self { silence: Some(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd")), ..self }
+    }
 }
 
 /// The host's end, a file a queue. Dropping it deletes the link.
@@ -37,7 +45,7 @@ pub(crate) fn link_with(offloads: DeviceOffloads, queues: usize) -> (Vec<MemoryT
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let pair = || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("a socket pair");
     let (agent, host) = (0..queues).map(|_| pair()).unzip::<_, _, Vec<_>, Vec<_>>();
-    let agent = agent.into_iter().map(|file| MemoryTun { file: file.into(), offloads });
+    let agent = agent.into_iter().map(|file| MemoryTun { file: file.into(), offloads, silence: None });
     (agent.collect(), HostLink(host.into_iter().map(File::from).collect()))
 }
 
@@ -69,7 +77,7 @@ impl HostLink {
 
 impl AsFd for MemoryTun {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.silence.as_ref().map_or_else(|| self.file.as_fd(), AsFd::as_fd)
     }
 }
 

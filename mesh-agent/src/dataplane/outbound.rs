@@ -22,8 +22,9 @@ use super::tun::MAX_READ;
 
 /// A batch that holds this much takes no more.
 const READ_BYTES: usize = 64 << 10;
-/// Batches in a row that hold no more than [`SMALL_BYTES`] mean that little goes out.
+/// So many batches in a row that hold no more than [`SMALL_BYTES`] mean that little goes out.
 const SMALL_TURNS: u32 = 8;
+/// A packet of the usual size, or some of the smallest.
 const SMALL_BYTES: usize = 2048;
 /// What a batch grows to when it is sealed: far more than packets of any usual size do.
 const SEALED_BYTES: usize = 1 << 20;

@@ -261,6 +261,25 @@ fn a_burst_arrives_whole_and_in_order() {
 }
 
 #[test]
+fn an_answer_leaves_before_its_thread_hears_of_it() {
+    let net = MemoryNet::default();
+    let (queues, host) = link();
+    let silenced = queues.into_iter().map(MemoryTun::silenced).collect();
+    let mut nodes = introduce([Node::start_with(&net, 1, (silenced, host)), Node::start(&net, 2)]);
+    let there = |n| packet("10.0.0.1", "10.0.0.2", n, 60);
+    for n in 0..8 {
+        nodes[0].host.send(&there(n));
+        nodes[0].engine.shared.lanes[0].outbound.wake();
+        expect_packet(&mut nodes, 1, &there(n), "little goes out");
+    }
+    nodes[0].host.send(&there(8));
+    let question = packet("10.0.0.2", "10.0.0.1", 9, 60);
+    nodes[1].host.send(&question);
+    expect_packet(&mut nodes, 0, &question, "a lone packet comes in");
+    expect_packet(&mut nodes, 1, &there(8), "what waited goes out after it");
+}
+
+#[test]
 fn reports_tell_demand_at_once_and_where_the_handshake_was() {
     let net = MemoryNet::default();
     let mut nodes = pair(&net);
