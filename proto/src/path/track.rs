@@ -60,9 +60,11 @@ pub(super) struct Failure {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Proof {
     pub(super) heard: Option<u32>,
-    /// When that number moved last, and what we had sent by then.
-    since: Option<Instant>,
+    /// What we had sent when that number last moved.
     sent: u64,
+    /// When the first and the last were sent since. A path at rest hears nothing either, so the time without datagrams is no
+    /// silence.
+    unheard: Option<(Instant, Instant)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -115,8 +117,11 @@ impl Track {
         self.proven_at = self.proven_at.max(Some(ping.at));
         self.waiting_since = None;
         self.is_stale = false;
-        self.failure = None;
-        self.failures = 0;
+        // A path is barred for something that answers do not mend.
+        if !self.is_barred(now) {
+            self.failure = None;
+            self.failures = 0;
+        }
         Some(Answered { mtu: ping.mtu })
     }
 
@@ -181,24 +186,34 @@ impl Track {
         self.last_pong.is_some() && !self.is_stale && !self.is_late(now)
     }
 
+    /// So many of our datagrams left over this path.
+    pub(super) fn note_sent(&mut self, datagrams: u64, now: Instant) {
+        if datagrams > 0 {
+            self.sent += datagrams;
+            let (first, _) = self.proof.unheard.unwrap_or((now, now));
+            self.proof.unheard = Some((first, now));
+        }
+    }
+
     /// The peer says how many datagrams it heard on this path. True when that moved.
-    pub(super) fn hear(&mut self, heard: u32, now: Instant) -> bool {
+    pub(super) fn hear(&mut self, heard: u32) -> bool {
         let has_moved = self.proof.heard.is_some_and(|before| before != heard);
         if self.proof.heard != Some(heard) {
-            self.proof = Proof { heard: Some(heard), since: Some(now), sent: self.sent };
+            self.begin_proof();
+            self.proof.heard = Some(heard);
         }
         has_moved
     }
 
     /// From here on datagrams that are sent are expected to be heard.
-    pub(super) fn begin_proof(&mut self, now: Instant) {
-        (self.proof.since, self.proof.sent) = (Some(now), self.sent);
+    pub(super) fn begin_proof(&mut self) {
+        (self.proof.sent, self.proof.unheard) = (self.sent, None);
     }
 
     /// At least `datagrams` were sent over at least `time`, and the peer heard none of them.
-    pub(super) fn is_unheard(&self, datagrams: u64, time: Duration, now: Instant) -> bool {
+    pub(super) fn is_unheard(&self, datagrams: u64, time: Duration) -> bool {
         self.proof.heard.is_some()
-            && self.proof.since.is_some_and(|since| now.since(since) >= time)
+            && self.proof.unheard.is_some_and(|(first, last)| last.since(first) >= time)
             && self.sent - self.proof.sent >= datagrams
     }
 }

@@ -21,8 +21,8 @@ const RELAY_SILENCE: Duration = Duration::from_secs(6);
 /// Data goes over the old path too after a switch.
 const DUAL: Duration = Duration::from_secs(1);
 /// Datagrams over this long of which the peer heard none: the path does not carry the tunnel.
-const UNHEARD_DATAGRAMS: u64 = 20;
-const UNHEARD_TIME: Duration = Duration::from_secs(2);
+pub(super) const UNHEARD_DATAGRAMS: u64 = 20;
+pub(super) const UNHEARD_TIME: Duration = Duration::from_secs(2);
 const BARRED: Duration = Duration::from_secs(60);
 /// A path that failed within this long is not taken on the word of a handshake.
 const DISTRUST: Duration = Duration::from_secs(60);
@@ -52,7 +52,7 @@ impl PathAgent {
             && let Some(primary) = self.primary
         {
             // While data went out twice, the other copy may have been the one that was heard.
-            self.track(primary).begin_proof(now);
+            self.track(primary).begin_proof();
         }
         self.set_route(route);
         self.due = self.next_due();
@@ -117,7 +117,7 @@ impl PathAgent {
 
     /// The peer tells how many of our datagrams it heard on this path.
     pub(super) fn take_heard(&mut self, endpoint: Endpoint, heard: u32, now: Instant) {
-        let has_moved = self.track(endpoint).hear(heard, now);
+        let has_moved = self.track(endpoint).hear(heard);
         if endpoint.is_relay() || self.primary != Some(endpoint) {
             return;
         }
@@ -125,7 +125,7 @@ impl PathAgent {
             self.before = None;
         }
         let is_sure = self.route().second.is_none() && self.is_trusted(endpoint, now);
-        let is_unheard = self.track(endpoint).is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME, now);
+        let is_unheard = self.track(endpoint).is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME);
         if is_sure
             && is_unheard
             && let Some(relay) = self.best_relay(now)
@@ -184,7 +184,7 @@ impl PathAgent {
         }
         for path in paths {
             let track = self.track(path.endpoint);
-            track.sent += path.sent;
+            track.note_sent(path.sent, now);
             // Only its changes are looked at.
             track.received = track.received.wrapping_add((path.received & u64::from(u32::MAX)) as u32);
             if path.received == 0 {
@@ -342,7 +342,7 @@ impl PathAgent {
                 self.rounds_in_vain = 0;
                 let is_proven = self.is_trusted(direct, now);
                 let track = self.track(direct);
-                track.begin_proof(now);
+                track.begin_proof();
                 if is_proven && let Some(since) = self.wanted_direct_since.take() {
                     self.time_to_direct = Some(now.since(since));
                 }

@@ -49,6 +49,25 @@ fn heartbeats_follow_use() {
 }
 
 #[test]
+fn a_path_is_not_left_for_a_flow_that_begins_after_a_pause() {
+    // Pauses of all phases against pings and reports, shorter than a rest: nothing is asked anew.
+    for seed in 0..100 {
+        let mut pair = direct([Nat::Open, Nat::Open], seed);
+        pair.send_every(0, None);
+        pair.send_every(1, None);
+        pair.run_for(millis(5000 + seed * 173));
+        let switches = pair.sides.each_ref().map(|side| side.agent.view(pair.now).switches);
+        // Enough of them within one report for a proof.
+        pair.send_every(0, Some(millis(1)));
+        pair.run_for(millis(10_000));
+        for (at, before) in switches.into_iter().enumerate() {
+            let view = pair.sides[at].agent.view(pair.now);
+            assert_eq!(view.switches, before, "seed {seed}: {:?}", view.last_switch);
+        }
+    }
+}
+
+#[test]
 fn the_first_packets_after_a_rest_arrive_though_the_nat_forgot() {
     let mut pair = direct([Nat::Easy, Nat::Easy], 2);
     pair.send_every(0, None);

@@ -68,22 +68,24 @@ fn one_dead_direction_is_enough() {
 
 #[test]
 fn probes_that_pass_do_not_make_up_for_data_that_does_not() {
-    let mut pair = direct(3, PathPolicy::default());
-    let cut = pair.now;
-    pair.faults.data = true;
-    pair.run_for(millis(8000));
-    assert!(pair.is_relayed(0) && pair.is_relayed(1));
-    for at in 0..2 {
-        let gap = pair.longest_gap(at, cut);
-        assert!(gap <= millis(4000), "{gap:?}");
-        let view = pair.sides[at].agent.view(pair.now);
-        assert_eq!(view.last_switch.unwrap().reason, "probes pass, tunnel data does not");
-        assert!(view.why_not_direct.unwrap().contains("probes pass, tunnel data does not"));
+    for seed in 0..20 {
+        let mut pair = direct(seed, PathPolicy::default());
+        let cut = pair.now;
+        pair.faults.data = true;
+        pair.run_for(millis(8000));
+        assert!(pair.is_relayed(0) && pair.is_relayed(1), "seed {seed}");
+        for at in 0..2 {
+            let gap = pair.longest_gap(at, cut);
+            assert!(gap <= millis(4000), "{gap:?}, seed {seed}");
+            let view = pair.sides[at].agent.view(pair.now);
+            assert_eq!(view.last_switch.unwrap().reason, "probes pass, tunnel data does not");
+            assert!(view.why_not_direct.unwrap().contains("probes pass, tunnel data does not"), "seed {seed}");
+        }
+        pair.run_for(millis(40_000));
+        assert!(pair.is_relayed(0) && pair.is_relayed(1), "barred for a minute, seed {seed}");
+        pair.faults.data = false;
+        assert!(pair.run_until(millis(90_000), Pair::are_direct).is_some(), "and tried again after it, seed {seed}");
     }
-    pair.run_for(millis(40_000));
-    assert!(pair.is_relayed(0) && pair.is_relayed(1), "barred for a minute");
-    pair.faults.data = false;
-    assert!(pair.run_until(millis(90_000), Pair::are_direct).is_some(), "and tried again after it");
 }
 
 #[test]

@@ -157,7 +157,9 @@ impl Pair {
             };
             let now = pair.now;
             pair.sides[at].agent.handle_nat(class(nats[at]), class(nats[1 - at]), now);
-            pair.after(at, millis(250), Event::Report(at));
+            // Two hosts do not look at the same moment.
+            let first = pair.random.between(millis(1), millis(250));
+            pair.after(at, first, Event::Report(at));
         }
         pair
     }
