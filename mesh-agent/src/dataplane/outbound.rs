@@ -6,6 +6,7 @@
 use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError};
+use std::thread;
 
 use mesh_common::time::Instant;
 use mesh_proto::device::Endpoint;
@@ -26,6 +27,11 @@ const READ_BYTES: usize = 64 << 10;
 const SMALL_TURNS: u32 = 8;
 /// A packet of the usual size, or some of the smallest.
 const SMALL_BYTES: usize = 2048;
+/// A batch that holds this much is one of many: a super-packet or a dozen packets.
+const LARGE_BYTES: usize = 16 << 10;
+/// How often the thread that carried such a batch lets others run and looks again before it sleeps. The next one is some
+/// microseconds away, and to be woken for it costs the host's sender and us more than these looks.
+const LOOKS: u32 = 12;
 /// What a batch grows to when it is sealed: far more than packets of any usual size do.
 const SEALED_BYTES: usize = 1 << 20;
 
@@ -43,9 +49,13 @@ where
             waker.wait([None; 3], None);
             continue;
         };
-        let turn = outgoing.lock().unwrap_or_else(PoisonError::into_inner).turn(shared, device);
+        let mut batch = outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = batch.turn(shared, device);
+        let may_look = matches!(turn, Ok(Ready::Drained)) && batch.may_look_again();
+        drop(batch);
         match turn {
             Ok(Ready::More) => {}
+            Ok(Ready::Drained) if may_look => thread::yield_now(),
             Ok(Ready::Drained) => drop(waker.wait([Some(device.as_fd()), None, None], None)),
             Err(error) => {
                 tracing::info!(%error, "the mesh link is gone; packets wait until it is made again");
@@ -81,6 +91,8 @@ pub(super) struct Batch {
     order: Vec<(u32, u32)>,
     /// Since the last that was larger; those that found nothing do not count.
     small_turns: u32,
+    /// Looks that are left since the last that was large.
+    looks: u32,
 }
 
 impl Batch {
@@ -90,6 +102,7 @@ impl Batch {
             sealed: Outgoing::new(SEALED_BYTES),
             order: Vec::with_capacity(MAX_BATCH),
             small_turns: 0,
+            looks: 0,
         }
     }
 
@@ -105,9 +118,17 @@ impl Batch {
         if !self.packets.is_empty() {
             let is_small = self.packets.used() <= SMALL_BYTES;
             self.small_turns = if is_small { self.small_turns.saturating_add(1) } else { 0 };
+            self.looks = if self.packets.used() >= LARGE_BYTES { LOOKS } else { 0 };
             self.carry(shared);
         }
         Ok(ready)
+    }
+
+    /// Whether it is worth another look although there was nothing left; takes one of the looks.
+    fn may_look_again(&mut self) -> bool {
+        let may_look = self.looks > 0;
+        self.looks = self.looks.saturating_sub(1);
+        may_look
     }
 
     fn carry<T, D, S>(&mut self, shared: &Shared<T, D, S>)
