@@ -20,6 +20,10 @@ const MAX_JUDGED_RTT: Duration = Duration::from_secs(1);
 const LATE: Duration = Duration::from_millis(500);
 /// After this much more than the usual delay without any answer the path is dead.
 const DEAD: Duration = Duration::from_millis(2000);
+/// A datagram is in the counts of both sides after this: a report each quarter of a second, and some patience.
+const REPORTED: Duration = Duration::from_millis(500);
+/// Nothing sent for this long: datagrams that follow are judged for themselves.
+const PAUSE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Track {
@@ -57,14 +61,26 @@ pub(super) struct Failure {
 }
 
 /// Whether what we send into the tunnel arrives: the peer tells how many datagrams it heard.
+///
+/// Either side's count lags behind the wire by a report, so neither what is counted just after the peer's number moved nor what
+/// was sent just before an answer proves anything. A path at rest hears nothing, and a pause ends what was seen before it.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Proof {
     pub(super) heard: Option<u32>,
-    /// What we had sent when that number last moved.
+    /// When that number moved last, or a new proof began.
+    since: Option<Instant>,
+    /// What we had sent of which nothing need be heard any more.
     sent: u64,
-    /// When the first and the last were sent since. A path at rest hears nothing either, so the time without datagrams is no
-    /// silence.
-    unheard: Option<(Instant, Instant)>,
+    unheard: Option<Unheard>,
+}
+
+/// When datagrams were sent that were not heard.
+#[derive(Debug, Clone, Copy)]
+struct Unheard {
+    first: Instant,
+    /// When the last of them began to flow, without a gap of [`REPORTED`].
+    flows_since: Instant,
+    last: Instant,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -188,32 +204,46 @@ impl Track {
 
     /// So many of our datagrams left over this path.
     pub(super) fn note_sent(&mut self, datagrams: u64, now: Instant) {
-        if datagrams > 0 {
-            self.sent += datagrams;
-            let (first, _) = self.proof.unheard.unwrap_or((now, now));
-            self.proof.unheard = Some((first, now));
+        if datagrams == 0 {
+            return;
         }
+        let proof = &mut self.proof;
+        if proof.unheard.is_none_or(|unheard| now.since(unheard.last) > PAUSE) {
+            (proof.sent, proof.unheard) = (self.sent, None);
+        }
+        self.sent += datagrams;
+        if proof.since.is_some_and(|since| now.since(since) < REPORTED) {
+            proof.sent = self.sent;
+            return;
+        }
+        let unheard = proof.unheard.get_or_insert(Unheard { first: now, flows_since: now, last: now });
+        if now.since(unheard.last) >= REPORTED {
+            unheard.flows_since = now;
+        }
+        unheard.last = now;
     }
 
     /// The peer says how many datagrams it heard on this path. True when that moved.
-    pub(super) fn hear(&mut self, heard: u32) -> bool {
+    pub(super) fn hear(&mut self, heard: u32, now: Instant) -> bool {
         let has_moved = self.proof.heard.is_some_and(|before| before != heard);
         if self.proof.heard != Some(heard) {
-            self.begin_proof();
+            self.begin_proof(now);
             self.proof.heard = Some(heard);
         }
         has_moved
     }
 
     /// From here on datagrams that are sent are expected to be heard.
-    pub(super) fn begin_proof(&mut self) {
-        (self.proof.sent, self.proof.unheard) = (self.sent, None);
+    pub(super) fn begin_proof(&mut self, now: Instant) {
+        self.proof = Proof { heard: self.proof.heard, since: Some(now), sent: self.sent, unheard: None };
     }
 
-    /// At least `datagrams` were sent over at least `time`, and the peer heard none of them.
-    pub(super) fn is_unheard(&self, datagrams: u64, time: Duration) -> bool {
+    /// At least `datagrams` were sent over at least `time`, and the peer should have heard them and heard none.
+    pub(super) fn is_unheard(&self, datagrams: u64, time: Duration, now: Instant) -> bool {
         self.proof.heard.is_some()
-            && self.proof.unheard.is_some_and(|(first, last)| last.since(first) >= time)
+            && self.proof.unheard.is_some_and(|unheard| {
+                unheard.last.since(unheard.first) >= time && now.since(unheard.flows_since) >= REPORTED
+            })
             && self.sent - self.proof.sent >= datagrams
     }
 }

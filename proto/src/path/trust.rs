@@ -52,7 +52,7 @@ impl PathAgent {
             && let Some(primary) = self.primary
         {
             // While data went out twice, the other copy may have been the one that was heard.
-            self.track(primary).begin_proof();
+            self.track(primary).begin_proof(now);
         }
         self.set_route(route);
         self.due = self.next_due();
@@ -117,7 +117,7 @@ impl PathAgent {
 
     /// The peer tells how many of our datagrams it heard on this path.
     pub(super) fn take_heard(&mut self, endpoint: Endpoint, heard: u32, now: Instant) {
-        let has_moved = self.track(endpoint).hear(heard);
+        let has_moved = self.track(endpoint).hear(heard, now);
         if endpoint.is_relay() || self.primary != Some(endpoint) {
             return;
         }
@@ -125,7 +125,7 @@ impl PathAgent {
             self.before = None;
         }
         let is_sure = self.route().second.is_none() && self.is_trusted(endpoint, now);
-        let is_unheard = self.track(endpoint).is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME);
+        let is_unheard = self.track(endpoint).is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME, now);
         if is_sure
             && is_unheard
             && let Some(relay) = self.best_relay(now)
@@ -342,7 +342,7 @@ impl PathAgent {
                 self.rounds_in_vain = 0;
                 let is_proven = self.is_trusted(direct, now);
                 let track = self.track(direct);
-                track.begin_proof();
+                track.begin_proof(now);
                 if is_proven && let Some(since) = self.wanted_direct_since.take() {
                     self.time_to_direct = Some(now.since(since));
                 }

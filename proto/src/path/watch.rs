@@ -55,7 +55,7 @@ impl PathAgent {
             Endpoint::Relay(_) => return None,
             _ if self.is_unsure(now) && !track.is_some_and(|track| track.is_dead(now)) => HEARTBEAT_UNSURE,
             // The next answer decides: it need not wait.
-            _ if track.is_some_and(|track| track.is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME)) => HEARTBEAT_UNSURE,
+            _ if track.is_some_and(|track| track.is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME, now)) => HEARTBEAT_UNSURE,
             _ if self.is_active(now) => HEARTBEAT_ACTIVE,
             _ => HEARTBEAT_WARM,
         };
