@@ -237,9 +237,18 @@ impl<'a> Run<'a> {
         failed.map_or(peak.map(drop), Err)?;
         if self.args.check_iperf3 && !contender.is_ceiling() {
             self.progress.set_message(format!("{label} · iperf3"));
+            // Ours before and after: a machine that grows slower or faster meanwhile says nothing of either.
+            let ours = || -> Result<f64> {
+                let mut figures = Figures::new();
+                let measuring =
+                    Measuring { bed: &bed, running: &running, seconds: self.seconds, before: &before, tries };
+                measuring.step(Step::Tcp1, &mut figures)?;
+                figures.get(&Metric::Tcp1).copied().context("no figure of one TCP stream")
+            };
+            let first = ours()?;
             let theirs = iperf3::tcp1(&bed, &running, self.seconds)?;
-            let ours = figures.get(&Metric::Tcp1).context("--check-iperf3 wants tcp1 among --only")?;
-            self.iperf3.entry(contender.name().to_owned()).or_default().push(Some(theirs / ours));
+            let ratio = theirs / ((first + ours()?) / 2.0);
+            self.iperf3.entry(contender.name().to_owned()).or_default().push(Some(ratio));
         }
         Ok(())
     }
