@@ -62,14 +62,12 @@ pub(super) struct Failure {
 
 /// Whether what we send into the tunnel arrives: the peer tells how many datagrams it heard.
 ///
-/// Either side's count lags behind the wire by a report, so neither what is counted just after the peer's number moved nor what
-/// was sent just before an answer proves anything. A path at rest hears nothing, and a pause ends what was seen before it.
+/// Either side's count lags behind the wire by a report, so what was sent just before an answer proves nothing. A path at rest
+/// hears nothing either, and a pause ends what was seen before it.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Proof {
     pub(super) heard: Option<u32>,
-    /// When that number moved last, or a new proof began.
-    since: Option<Instant>,
-    /// What we had sent of which nothing need be heard any more.
+    /// What we had sent when that number moved last, or when those that follow began.
     sent: u64,
     unheard: Option<Unheard>,
 }
@@ -207,16 +205,11 @@ impl Track {
         if datagrams == 0 {
             return;
         }
-        let proof = &mut self.proof;
-        if proof.unheard.is_none_or(|unheard| now.since(unheard.last) > PAUSE) {
-            (proof.sent, proof.unheard) = (self.sent, None);
+        if self.proof.unheard.is_some_and(|unheard| now.since(unheard.last) > PAUSE) {
+            self.begin_proof();
         }
         self.sent += datagrams;
-        if proof.since.is_some_and(|since| now.since(since) < REPORTED) {
-            proof.sent = self.sent;
-            return;
-        }
-        let unheard = proof.unheard.get_or_insert(Unheard { first: now, flows_since: now, last: now });
+        let unheard = self.proof.unheard.get_or_insert(Unheard { first: now, flows_since: now, last: now });
         if now.since(unheard.last) >= REPORTED {
             unheard.flows_since = now;
         }
@@ -224,18 +217,18 @@ impl Track {
     }
 
     /// The peer says how many datagrams it heard on this path. True when that moved.
-    pub(super) fn hear(&mut self, heard: u32, now: Instant) -> bool {
+    pub(super) fn hear(&mut self, heard: u32) -> bool {
         let has_moved = self.proof.heard.is_some_and(|before| before != heard);
         if self.proof.heard != Some(heard) {
-            self.begin_proof(now);
+            self.begin_proof();
             self.proof.heard = Some(heard);
         }
         has_moved
     }
 
     /// From here on datagrams that are sent are expected to be heard.
-    pub(super) fn begin_proof(&mut self, now: Instant) {
-        self.proof = Proof { heard: self.proof.heard, since: Some(now), sent: self.sent, unheard: None };
+    pub(super) fn begin_proof(&mut self) {
+        (self.proof.sent, self.proof.unheard) = (self.sent, None);
     }
 
     /// At least `datagrams` were sent over at least `time`, and the peer should have heard them and heard none.
@@ -245,5 +238,51 @@ impl Track {
                 unheard.last.since(unheard.first) >= time && now.since(unheard.flows_since) >= REPORTED
             })
             && self.sent - self.proof.sent >= datagrams
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIME: Duration = Duration::from_secs(2);
+
+    fn at(millis: u64) -> Instant {
+        Instant::from_origin(Duration::from_millis(millis))
+    }
+
+    fn heard() -> Track {
+        let mut track = Track::default();
+        track.hear(7);
+        track
+    }
+
+    #[test]
+    fn what_was_sent_just_before_an_answer_may_not_have_been_counted_there() {
+        let mut track = heard();
+        track.note_sent(1, at(1000));
+        // Many more after a pause of less than two seconds.
+        track.note_sent(1000, at(2900));
+        track.note_sent(1000, at(3150));
+        assert!(!track.is_unheard(20, TIME, at(3150)));
+        track.note_sent(1000, at(3400));
+        assert!(track.is_unheard(20, TIME, at(3400)));
+        assert!(track.hear(8) && !track.is_unheard(20, TIME, at(3400)));
+    }
+
+    #[test]
+    fn a_pause_is_no_silence() {
+        let mut track = heard();
+        track.note_sent(1000, at(1000));
+        let mut resumed = 10_000;
+        track.note_sent(10, at(resumed));
+        while resumed < 11_750 {
+            resumed += 250;
+            track.note_sent(10, at(resumed));
+            assert!(!track.is_unheard(20, TIME, at(resumed)), "{resumed}");
+        }
+        track.note_sent(10, at(12_000));
+        assert!(track.is_unheard(20, TIME, at(12_000)));
+        assert!(!track.is_unheard(100, TIME, at(12_000)), "those before the pause do not count");
     }
 }

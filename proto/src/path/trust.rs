@@ -52,7 +52,7 @@ impl PathAgent {
             && let Some(primary) = self.primary
         {
             // While data went out twice, the other copy may have been the one that was heard.
-            self.track(primary).begin_proof(now);
+            self.track(primary).begin_proof();
         }
         self.set_route(route);
         self.due = self.next_due();
@@ -117,7 +117,7 @@ impl PathAgent {
 
     /// The peer tells how many of our datagrams it heard on this path.
     pub(super) fn take_heard(&mut self, endpoint: Endpoint, heard: u32, now: Instant) {
-        let has_moved = self.track(endpoint).hear(heard, now);
+        let has_moved = self.track(endpoint).hear(heard);
         if endpoint.is_relay() || self.primary != Some(endpoint) {
             return;
         }
@@ -342,7 +342,7 @@ impl PathAgent {
                 self.rounds_in_vain = 0;
                 let is_proven = self.is_trusted(direct, now);
                 let track = self.track(direct);
-                track.begin_proof(now);
+                track.begin_proof();
                 if is_proven && let Some(since) = self.wanted_direct_since.take() {
                     self.time_to_direct = Some(now.since(since));
                 }
