@@ -22,8 +22,10 @@ const LATE: Duration = Duration::from_millis(500);
 const DEAD: Duration = Duration::from_millis(2000);
 /// A datagram is in the counts of both sides after this: a report each quarter of a second, and some patience.
 const REPORTED: Duration = Duration::from_millis(500);
-/// Nothing sent for this long: datagrams that follow are judged for themselves.
-const PAUSE: Duration = Duration::from_secs(2);
+/// Datagrams over this long of which the peer heard none: the path does not carry the tunnel. After a pause as long, those
+/// that follow are judged for themselves.
+const UNHEARD_TIME: Duration = Duration::from_secs(2);
+const UNHEARD_DATAGRAMS: u64 = 20;
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Track {
@@ -205,7 +207,7 @@ impl Track {
         if datagrams == 0 {
             return;
         }
-        if self.proof.unheard.is_some_and(|unheard| now.since(unheard.last) > PAUSE) {
+        if self.proof.unheard.is_some_and(|unheard| now.since(unheard.last) > UNHEARD_TIME) {
             self.begin_proof();
         }
         self.sent += datagrams;
@@ -231,21 +233,20 @@ impl Track {
         (self.proof.sent, self.proof.unheard) = (self.sent, None);
     }
 
-    /// At least `datagrams` were sent over at least `time`, and the peer should have heard them and heard none.
-    pub(super) fn is_unheard(&self, datagrams: u64, time: Duration, now: Instant) -> bool {
+    /// At least [`UNHEARD_DATAGRAMS`] were sent over at least [`UNHEARD_TIME`], and the peer should have heard them and heard
+    /// none.
+    pub(super) fn is_unheard(&self, now: Instant) -> bool {
         self.proof.heard.is_some()
             && self.proof.unheard.is_some_and(|unheard| {
-                unheard.last.since(unheard.first) >= time && now.since(unheard.flows_since) >= REPORTED
+                unheard.last.since(unheard.first) >= UNHEARD_TIME && now.since(unheard.flows_since) >= REPORTED
             })
-            && self.sent - self.proof.sent >= datagrams
+            && self.sent - self.proof.sent >= UNHEARD_DATAGRAMS
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const TIME: Duration = Duration::from_secs(2);
 
     fn at(millis: u64) -> Instant {
         Instant::from_origin(Duration::from_millis(millis))
@@ -264,25 +265,24 @@ mod tests {
         // Many more after a pause of less than two seconds.
         track.note_sent(1000, at(2900));
         track.note_sent(1000, at(3150));
-        assert!(!track.is_unheard(20, TIME, at(3150)));
+        assert!(!track.is_unheard(at(3150)));
         track.note_sent(1000, at(3400));
-        assert!(track.is_unheard(20, TIME, at(3400)));
-        assert!(track.hear(8) && !track.is_unheard(20, TIME, at(3400)));
+        assert!(track.is_unheard(at(3400)));
+        assert!(track.hear(8) && !track.is_unheard(at(3400)));
     }
 
     #[test]
     fn a_pause_is_no_silence() {
-        let mut track = heard();
-        track.note_sent(1000, at(1000));
-        let mut resumed = 10_000;
-        track.note_sent(10, at(resumed));
-        while resumed < 11_750 {
-            resumed += 250;
-            track.note_sent(10, at(resumed));
-            assert!(!track.is_unheard(20, TIME, at(resumed)), "{resumed}");
+        // Enough since the pause for a proof, and enough only with those before it.
+        for (each, is_unheard) in [(10, true), (1, false)] {
+            let mut track = heard();
+            track.note_sent(1000, at(1000));
+            for resumed in (10_000..12_000).step_by(250) {
+                track.note_sent(each, at(resumed));
+                assert!(!track.is_unheard(at(resumed)), "{resumed}");
+            }
+            track.note_sent(each, at(12_000));
+            assert_eq!(track.is_unheard(at(12_000)), is_unheard);
         }
-        track.note_sent(10, at(12_000));
-        assert!(track.is_unheard(20, TIME, at(12_000)));
-        assert!(!track.is_unheard(100, TIME, at(12_000)), "those before the pause do not count");
     }
 }

@@ -20,9 +20,6 @@ const PING_BACK_PAUSE: Duration = Duration::from_secs(1);
 const RELAY_SILENCE: Duration = Duration::from_secs(6);
 /// Data goes over the old path too after a switch.
 const DUAL: Duration = Duration::from_secs(1);
-/// Datagrams over this long of which the peer heard none: the path does not carry the tunnel.
-pub(super) const UNHEARD_DATAGRAMS: u64 = 20;
-pub(super) const UNHEARD_TIME: Duration = Duration::from_secs(2);
 const BARRED: Duration = Duration::from_secs(60);
 /// A path that failed within this long is not taken on the word of a handshake.
 const DISTRUST: Duration = Duration::from_secs(60);
@@ -125,7 +122,7 @@ impl PathAgent {
             self.before = None;
         }
         let is_sure = self.route().second.is_none() && self.is_trusted(endpoint, now);
-        let is_unheard = self.track(endpoint).is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME, now);
+        let is_unheard = self.track(endpoint).is_unheard(now);
         if is_sure
             && is_unheard
             && let Some(relay) = self.best_relay(now)

@@ -9,7 +9,6 @@ use crate::device::Endpoint;
 use crate::path::agent::{ACTIVE, PathAgent};
 use crate::path::mtu::RELAY_MTU;
 use crate::path::track::{Purpose, Track};
-use crate::path::trust::{UNHEARD_DATAGRAMS, UNHEARD_TIME};
 
 const HEARTBEAT_ACTIVE: Duration = Duration::from_secs(1);
 const HEARTBEAT_WARM: Duration = Duration::from_secs(3);
@@ -55,7 +54,7 @@ impl PathAgent {
             Endpoint::Relay(_) => return None,
             _ if self.is_unsure(now) && !track.is_some_and(|track| track.is_dead(now)) => HEARTBEAT_UNSURE,
             // The next answer decides: it need not wait.
-            _ if track.is_some_and(|track| track.is_unheard(UNHEARD_DATAGRAMS, UNHEARD_TIME, now)) => HEARTBEAT_UNSURE,
+            _ if track.is_some_and(|track| track.is_unheard(now)) => HEARTBEAT_UNSURE,
             _ if self.is_active(now) => HEARTBEAT_ACTIVE,
             _ => HEARTBEAT_WARM,
         };
