@@ -27,8 +27,9 @@ const READ_BYTES: usize = 64 << 10;
 const SMALL_TURNS: u32 = 8;
 /// A packet of the usual size, or some of the smallest.
 const SMALL_BYTES: usize = 2048;
-/// A batch that holds this much is one of many: a super-packet or a dozen packets.
-const LARGE_BYTES: usize = 16 << 10;
+/// A batch that holds this much is one of many: a whole super-packet. What paced senders have ready at once holds less, and looks
+/// for more would cost them a fifth of their CPU time for nothing.
+const LARGE_BYTES: usize = 48 << 10;
 /// How often the thread that carried such a batch lets others run and looks again before it sleeps. The next one is some
 /// microseconds away, and to be woken for it costs the host's sender and us more than these looks.
 const LOOKS: u32 = 12;
