@@ -16,6 +16,7 @@
 //! and takes them ([`mesh_proto::offload`] cuts and joins), the kernel takes and gives runs of datagrams; what it lacks of that
 //! ([`Offloads`]) is done without, packet by packet.
 
+mod connected;
 mod control;
 mod drops;
 mod ecn;
@@ -44,7 +45,7 @@ pub use drops::EngineStats;
 pub use ecn::Ecn;
 pub use engine::{Clock, Engine};
 pub(crate) use extra::ExtraSockets;
-pub use io::{Arrival, DatagramSocket, MAX_BATCH, Outgoing, Packed, PacketDevice, Ready, Received, RunOf};
+pub use io::{Arrival, DatagramSocket, Descriptors, MAX_BATCH, Outgoing, Packed, PacketDevice, Ready, Received, RunOf};
 pub use offloads::{DeviceOffloads, Offloads, SocketOffloads};
 pub use queues::ControlDatagram;
 pub use tun::{Tun, TunError};

@@ -56,7 +56,7 @@ where
             }
             Err(_) => {
                 shared.drops.count(Drop::InSocketError);
-                waker.wait([None; 3], Some(ERROR_PAUSE));
+                waker.wait([None; 4], Some(ERROR_PAUSE));
                 readable = ANY_READABLE;
             }
         }

@@ -47,8 +47,8 @@ pub trait PacketDevice: AsFd + Send + Sync + 'static {
 
 /// Where datagrams come from and go to: the pair of UDP sockets.
 pub trait DatagramSocket: Send + Sync + 'static {
-    /// What to poll for datagrams: one descriptor a family, and one for all sockets beside the pair.
-    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 3];
+    /// What to poll for datagrams: one descriptor a family, one for all sockets beside the pair, one for the connected socket.
+    fn descriptors(&self) -> Descriptors<'_>;
 
     /// Takes what has arrived at these of the descriptors, at most a batch, in place of what `batch` held.
     fn receive(&self, readable: Readable, batch: &mut Received) -> io::Result<Ready>;
@@ -69,10 +69,13 @@ pub trait DatagramSocket: Send + Sync + 'static {
     fn offloads(&self) -> SocketOffloads;
 }
 
-/// Which of three descriptors may have something.
-pub(super) type Readable = [bool; 3];
+/// What a socket polls.
+pub type Descriptors<'a> = [Option<BorrowedFd<'a>>; 4];
 
-pub(super) const ANY_READABLE: Readable = [true; 3];
+/// Which of the descriptors may have something.
+pub(super) type Readable = [bool; 4];
+
+pub(super) const ANY_READABLE: Readable = [true; 4];
 
 /// Whether there is more to take at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -345,6 +348,14 @@ impl Received {
 
     pub fn is_empty(&self) -> bool {
         self.slots.is_empty()
+    }
+
+    /// Who sent all that the slots from `first` on hold, if they are `count` at least and each holds one datagram.
+    pub(super) fn unjoined_source(&self, first: usize, count: usize) -> Option<SocketAddr> {
+        let slots = &self.slots[first..];
+        let source = slots.first()?.arrival.source;
+        let is_alike = |slot: &Slot| slot.len == slot.segment && slot.arrival.source == source;
+        (slots.len() >= count && slots.iter().all(is_alike)).then_some(source)
     }
 
     fn total(&self) -> usize {

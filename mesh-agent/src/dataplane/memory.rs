@@ -13,7 +13,7 @@ use mesh_proto::offload::VnetHeader;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::io::{Arrival, DatagramSocket, Outgoing, Packed, PacketDevice, Readable, Ready, Received};
+use super::io::{Arrival, DatagramSocket, Descriptors, Outgoing, Packed, PacketDevice, Readable, Ready, Received};
 use super::offloads::{DeviceOffloads, SocketOffloads};
 use super::tun::{read_packets, write_packet};
 
@@ -178,8 +178,8 @@ impl MemorySocket {
 }
 
 impl DatagramSocket for MemorySocket {
-    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 3] {
-        [Some(self.inbox.arrived.as_fd()), None, None]
+    fn descriptors(&self) -> Descriptors<'_> {
+        [Some(self.inbox.arrived.as_fd()), None, None, None]
     }
 
     fn receive(&self, _readable: Readable, batch: &mut Received) -> io::Result<Ready> {

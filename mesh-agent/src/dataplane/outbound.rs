@@ -47,7 +47,7 @@ where
     while !shared.is_stopping() {
         let link = shared.link.load_full();
         let Some((link, device)) = link.as_ref().and_then(|link| Some((link, link.get(lane)?))) else {
-            waker.wait([None; 3], None);
+            waker.wait([None; 4], None);
             continue;
         };
         let mut batch = outgoing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -57,7 +57,7 @@ where
         match turn {
             Ok(Ready::More) => {}
             Ok(Ready::Drained) if may_look => thread::yield_now(),
-            Ok(Ready::Drained) => drop(waker.wait([Some(device.as_fd()), None, None], None)),
+            Ok(Ready::Drained) => drop(waker.wait([Some(device.as_fd()), None, None, None], None)),
             Err(error) => {
                 tracing::info!(%error, "the mesh link is gone; packets wait until it is made again");
                 shared.lose_link(link);

@@ -1,7 +1,7 @@
 //! What control and the threads share.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::drops::{Drop, Drops};
 use super::engine::Clock;
 use super::index::IndexTable;
-use super::io::{ANY_READABLE, DatagramSocket, Outgoing, PacketDevice, Readable};
+use super::io::{ANY_READABLE, DatagramSocket, Descriptors, Outgoing, PacketDevice, Readable};
 use super::outbound;
 use super::peer::Peer;
 use super::queues::Queues;
@@ -161,11 +161,11 @@ impl Waker {
     }
 
     /// Waits until one of `descriptors` is readable or broken, somebody wakes, or `limit` has passed. Gives which are.
-    pub(super) fn wait(&self, descriptors: [Option<BorrowedFd<'_>>; 3], limit: Option<Duration>) -> Readable {
+    pub(super) fn wait(&self, descriptors: Descriptors<'_>, limit: Option<Duration>) -> Readable {
         let waker = self.0.as_fd();
         // A descriptor that is missing is stood in for by the waker's own.
-        let [first, second, third] = descriptors.map(|descriptor| descriptor.unwrap_or(waker));
-        let mut polled = [waker, first, second, third].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let [first, second, third, fourth] = descriptors.map(|descriptor| descriptor.unwrap_or(waker));
+        let mut polled = [waker, first, second, third, fourth].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let limit = limit.map_or(PollTimeout::NONE, |limit| PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX));
         if poll(&mut polled, limit).is_err() {
             return ANY_READABLE;

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, IoSlice};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -14,8 +14,9 @@ use mesh_proto::device::{Endpoint, Family, SocketId};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::connected::Connected;
 use super::extra::ExtraSockets;
-use super::io::{DatagramSocket, MAX_BATCH, Outgoing, Readable, Ready, Received};
+use super::io::{DatagramSocket, Descriptors, MAX_BATCH, Outgoing, Readable, Ready, Received};
 use super::mmsg::BatchSocket;
 use super::offloads::SocketOffloads;
 
@@ -50,6 +51,7 @@ pub struct UdpSockets {
     v6: Option<BatchSocket>,
     port: u16,
     extra: ExtraSockets,
+    connected: Connected,
     /// Which family is received from first; changes each time, so that a flood on one does not silence the other.
     v6_first: AtomicBool,
 }
@@ -113,9 +115,11 @@ impl UdpSockets {
         if v4.is_none() && v6.is_none() {
             return Err(BindError::NoFamily { port });
         }
-        let extra = ExtraSockets::new(mark).map_err(|source| BindError::Failed { port, source })?;
+        let failed = |source| BindError::Failed { port, source };
+        let (extra, connected) =
+            (ExtraSockets::new(mark).map_err(failed)?, Connected::new(port, mark).map_err(failed)?);
         let (v4, v6) = (v4.map(|v4| BatchSocket::new(v4, true)), v6.map(|v6| BatchSocket::new(v6, false)));
-        Ok(Self { v4, v6, port, extra, v6_first: AtomicBool::new(false) })
+        Ok(Self { v4, v6, port, extra, connected, v6_first: AtomicBool::new(false) })
     }
 
     fn mark(&self, mark: u32) {
@@ -132,12 +136,12 @@ impl UdpSockets {
 }
 
 impl DatagramSocket for UdpSockets {
-    fn descriptors(&self) -> [Option<BorrowedFd<'_>>; 3] {
+    fn descriptors(&self) -> Descriptors<'_> {
         let [v4, v6] = [&self.v4, &self.v6].map(|socket| socket.as_ref().map(AsFd::as_fd));
-        [v4, v6, Some(self.extra.descriptor())]
+        [v4, v6, Some(self.extra.descriptor()), Some(self.connected.descriptor())]
     }
 
-    fn receive(&self, [v4, v6, extra]: Readable, batch: &mut Received) -> io::Result<Ready> {
+    fn receive(&self, [v4, v6, extra, connected]: Readable, batch: &mut Received) -> io::Result<Ready> {
         batch.clear();
         let mut order = [self.v4.as_ref().filter(|_| v4), self.v6.as_ref().filter(|_| v6)];
         if self.v6_first.fetch_xor(true, Ordering::Relaxed) {
@@ -149,7 +153,11 @@ impl DatagramSocket for UdpSockets {
             let _failed = socket.receive(Some(id), MAX_BATCH / 2, batch);
             ready = Ready::More;
         }
+        if connected && self.connected.receive(batch) == Ready::More {
+            ready = Ready::More;
+        }
         for socket in order.into_iter().flatten() {
+            let first = batch.len();
             match socket.receive(None, MAX_BATCH, batch) {
                 Ok(Ready::Drained) => {}
                 Ok(Ready::More) => ready = Ready::More,
@@ -157,6 +165,7 @@ impl DatagramSocket for UdpSockets {
                 Err(_) if !batch.is_empty() => ready = Ready::More,
                 Err(errno) => return Err(errno.into()),
             }
+            self.connected.note(socket, batch, first);
         }
         Ok(ready)
     }
@@ -225,14 +234,14 @@ fn send_now(socket: &Socket, to: SocketAddr, datagram: &[u8], ttl: Option<u8>) -
 
 /// Whether a port may be another socket's as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sharing {
+pub(super) enum Sharing {
     None,
     /// Sockets of this user that are willing.
     WithOwn,
 }
 
 /// `None` when the host does not have the family.
-fn open(address: SocketAddr, sharing: Sharing) -> Result<Option<Socket>, BindError> {
+pub(super) fn open(address: SocketAddr, sharing: Sharing) -> Result<Option<Socket>, BindError> {
     let port = address.port();
     let failed = |source| BindError::Failed { port, source };
     let socket = match Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP)) {
@@ -501,6 +510,47 @@ mod tests {
         }
         let used: BTreeSet<usize> = seen.values().map(|arrived| arrived[0].0).collect();
         assert!(used.len() > 1, "40 senders by one lane of three: once in 3^39");
+    }
+
+    /// Sends unjoined datagrams to `b` and gives where each came from; `b` receives each once, in order and with the pair's.
+    fn send_alone(a: &UdpSockets, b: &UdpSockets, to: SocketAddr, count: usize) {
+        a.v4.iter().chain(&a.v6).for_each(BatchSocket::stop_cutting);
+        let mut batch = Outgoing::new(1 << 16);
+        for n in 0..count {
+            batch.spare(100).unwrap().fill(n as u8);
+            batch.push(100, Endpoint::from(to));
+        }
+        assert_eq!(a.send(&batch, Duration::from_secs(1)), 0);
+        let got: Vec<_> = receive(b, count).iter().map(|(bytes, source)| (bytes[0], source.port())).collect();
+        let sent: Vec<_> = (0..count).map(|n| (n as u8, a.port())).collect();
+        assert_eq!(got, sent, "to {to}");
+    }
+
+    #[test]
+    fn a_busy_sender_gets_a_socket_of_its_own_and_the_pair_keeps_the_others() {
+        for (host, is_v4) in [("127.0.0.1", true), ("[::1]", false)] {
+            let (a, b) = (UdpSockets::bind(0, 0).unwrap(), UdpSockets::bind(0, 0).unwrap());
+            if !is_v4 && b.v6.is_none() {
+                continue;
+            }
+            let to: SocketAddr = format!("{host}:{}", b.port()).parse().unwrap();
+            send_alone(&a, &b, to, 8);
+            assert_eq!(b.connected.peer(), None, "a few datagrams do not make it busy");
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while b.connected.peer().is_none() {
+                assert!(Instant::now() < deadline, "no socket for {host}");
+                send_alone(&a, &b, to, 60);
+            }
+            assert_eq!(b.connected.peer().map(|peer| peer.port()), Some(a.port()));
+            send_alone(&a, &b, to, 60);
+
+            let other = UdpSockets::bind(0, 0).unwrap();
+            send_alone(&other, &b, to, 60);
+            assert!(b.send_one(Endpoint::Direct(format!("{host}:{}", a.port()).parse().unwrap()), b"back", None));
+            assert_eq!(receive(&a, 1)[0].1.port(), b.port());
+            let error = UdpSockets::bind(b.port(), 0).unwrap_err();
+            assert!(matches!(error, BindError::PortInUse { .. }), "no other agent shares the port: {error}");
+        }
     }
 
     #[test]
