@@ -107,7 +107,7 @@ impl Batch {
         for group in self.order.chunk_by(|a, b| a.slot == b.slot) {
             for places in group.chunks(OPEN_AT_ONCE) {
                 let datagrams = places.iter().map(|place| self.received.get(place.start as usize, place.len as usize));
-                let datagrams = datagrams.map(|(datagram, arrival)| (datagram, Source::Direct(arrival), arrival.ecn));
+                let datagrams = datagrams.map(|(datagram, arrival)| (datagram, Source::Direct(*arrival), arrival.ecn));
                 let place = (&**snapshot, group[0].slot);
                 open_all(shared, place, datagrams, &mut self.opened, &mut self.flushed, now);
             }
@@ -141,7 +141,7 @@ impl Batch {
                 Datagram::WireGuard(kind) => {
                     if let Some(why) = why_not_handshake(shared, snapshot, kind, datagram) {
                         shared.drops.count(why);
-                    } else if !shared.control.queue_handshake(kind, source, datagram) {
+                    } else if !shared.control.queue_handshake(kind, *source, datagram) {
                         shared.drops.count(Drop::HandshakeQueueFull);
                     }
                 }

@@ -363,21 +363,21 @@ impl Received {
     }
 
     /// Every datagram in the order they came, with its slot's arrival, and where it lies.
-    pub fn iter(&self) -> impl Iterator<Item = (&[u8], Arrival, usize)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &Arrival, usize)> {
         self.slots.iter().enumerate().flat_map(move |(at, slot)| {
             let start = at * SLOT;
             let bytes = &self.bytes[start..start + slot.len];
             // An empty datagram is one too.
-            let empty = bytes.is_empty().then_some((bytes, slot.arrival, start));
+            let empty = bytes.is_empty().then_some((bytes, &slot.arrival, start));
             let datagrams = bytes.chunks(slot.segment.max(1)).enumerate();
             datagrams
-                .map(move |(number, datagram)| (datagram, slot.arrival, start + number * slot.segment))
+                .map(move |(number, datagram)| (datagram, &slot.arrival, start + number * slot.segment))
                 .chain(empty)
         })
     }
 
     /// The datagram of `len` bytes that lies at `start`, both as [`Self::iter`] gave them.
-    pub fn get(&self, start: usize, len: usize) -> (&[u8], Arrival) {
-        (&self.bytes[start..start + len], self.slots[start / SLOT].arrival)
+    pub fn get(&self, start: usize, len: usize) -> (&[u8], &Arrival) {
+        (&self.bytes[start..start + len], &self.slots[start / SLOT].arrival)
     }
 }
