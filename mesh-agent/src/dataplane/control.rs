@@ -71,7 +71,7 @@ impl Outbox {
         }
         let Some(spare) = self.datagrams.spare(MIN_BUFFER) else { return false };
         let Some(len) = peer.lock().tunnel.start_handshake(spare, now).map(<[u8]>::len) else { return false };
-        self.datagrams.push_each(len, targets, Ecn::NotCapable);
+        self.datagrams.push_each(len, &targets, Ecn::NotCapable);
         peer.used(now);
         self.send(shared, Some(&peer.key));
         true
@@ -91,11 +91,11 @@ impl Outbox {
         let len = datagram.len();
         let path = peer.path();
         if matches!(classify(datagram), Datagram::WireGuard(WireGuardKind::Data)) {
-            let targets = path.data_target().into_iter().chain(path.second_target());
-            self.datagrams.push_each(len, targets.clone(), Ecn::NotCapable);
-            targets.for_each(|endpoint| inside.traffic.count_sent(endpoint, 1));
+            let (first, second) = (path.data_target(), path.second_target());
+            self.datagrams.push_each(len, first.iter().chain(&second), Ecn::NotCapable);
+            first.into_iter().chain(second).for_each(|endpoint| inside.traffic.count_sent(endpoint, 1));
         } else {
-            self.datagrams.push_each(len, path.handshake_targets(), Ecn::NotCapable);
+            self.datagrams.push_each(len, &path.handshake_targets(), Ecn::NotCapable);
             if peer.is_silent(now) && peer.note_demand(now) {
                 shared.control.report(peer);
             }

@@ -241,22 +241,22 @@ impl Outgoing {
 
     /// Adds what was written to the first `len` bytes of the spare room.
     pub fn push(&mut self, len: usize, to: Endpoint) {
-        self.push_each(len, [to], Ecn::NotCapable);
+        self.push_each(len, [&to], Ecn::NotCapable);
     }
 
     /// The same bytes to each destination, stored once.
-    pub fn push_each(&mut self, len: usize, all: impl IntoIterator<Item = Endpoint>, ecn: Ecn) {
+    pub fn push_each<'e>(&mut self, len: usize, all: impl IntoIterator<Item = &'e Endpoint>, ecn: Ecn) {
         let start = self.used;
         let end = (start + len).min(self.bytes.len());
         for to in all {
             // Runs of the same bytes to several destinations grow side by side.
             let mut newest = self.runs.iter_mut().rev().take_while(|run| run.range.end >= start);
-            match newest.find(|run| run.range.end == start && run.to == to && run.ecn == ecn) {
+            match newest.find(|run| run.range.end == start && run.to == *to && run.ecn == ecn) {
                 Some(run) if run.takes(len) => {
                     run.range.end = end;
                     run.count += 1;
                 }
-                _ => self.runs.push(Run { range: start..end, segment: len, count: 1, to, ecn }),
+                _ => self.runs.push(Run { range: start..end, segment: len, count: 1, to: *to, ecn }),
             }
         }
         self.used = end;

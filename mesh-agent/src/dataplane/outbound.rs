@@ -254,10 +254,10 @@ impl Sealer<'_> {
         let Some(spare) = sealed.spare((packet.len() + OVERHEAD).max(MIN_BUFFER)) else {
             return shared.drops.count(Drop::OutNotSealed);
         };
-        match (inside.tunnel.seal(packet, spare, self.now), self.target) {
+        match (inside.tunnel.seal(packet, spare, self.now), &self.target) {
             (Sealed::Data(datagram), Some(target)) => {
                 let len = datagram.len();
-                sealed.push_each(len, [target].into_iter().chain(self.second), ecn);
+                sealed.push_each(len, [target].into_iter().chain(&self.second), ecn);
                 tally.sent += 1;
                 tally.bytes += packet.len() as u64;
             }
@@ -267,7 +267,7 @@ impl Sealer<'_> {
             }
             (Sealed::Handshake(initiation), _) => {
                 let len = initiation.len();
-                sealed.push_each(len, self.path.handshake_targets(), Ecn::NotCapable);
+                sealed.push_each(len, &self.path.handshake_targets(), Ecn::NotCapable);
                 tally.demand = true;
             }
             (Sealed::Queued, _) => tally.demand = true,

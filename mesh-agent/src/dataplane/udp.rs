@@ -353,7 +353,7 @@ mod tests {
                 let lens = [vec![1200; 70], vec![33], vec![500; 9], vec![1], vec![1400; 3]].concat();
                 for (n, len) in lens.iter().enumerate() {
                     batch.spare(*len).unwrap().fill(n as u8);
-                    batch.push_each(*len, [Endpoint::from(to)], ecn);
+                    batch.push_each(*len, [&Endpoint::from(to)], ecn);
                 }
                 assert!(batch.runs().count() < 10, "{} runs", batch.runs().count());
                 assert_eq!(a.send(&batch, Duration::from_secs(1)), 0);
