@@ -6,6 +6,9 @@
 //!
 //! It only receives. What we send leaves by the pair, with the route and the address of the moment. So nothing depends on
 //! this socket: from a sender that roams, and at another address of ours, datagrams come to the pair again.
+//!
+//! Where several lanes share the port, the kernel deals the other senders among them anew when it opens: what is on its way
+//! then may overtake.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -512,7 +512,7 @@ mod tests {
         assert!(used.len() > 1, "40 senders by one lane of three: once in 3^39");
     }
 
-    /// Sends unjoined datagrams to `b` and gives where each came from; `b` receives each once, in order and with the pair's.
+    /// Sends unjoined datagrams, of which `b` receives each once, in order, from the port of `a`.
     fn send_alone(a: &UdpSockets, b: &UdpSockets, to: SocketAddr, count: usize) {
         a.v4.iter().chain(&a.v6).for_each(BatchSocket::stop_cutting);
         let mut batch = Outgoing::new(1 << 16);
