@@ -5,7 +5,8 @@
 //!  hub of the large mesh ─┴─ switch (a bridge) ───┴─ its N peers
 //! ```
 //! Both meshes are alive all the time, have the same server, and are measured in the same rounds: one stream to one peer
-//! in each, then ten streams, to the only peer and to ten of the many. A bridge in between makes absolute figures smaller
+//! in each, then ten streams, to the only peer and to ten of the many, and those once more outside the tunnels: how much ten
+//! receivers on one machine cost without us. A bridge in between makes absolute figures smaller
 //! than on a bare wire; the ratios do not care.
 
 use std::{
@@ -53,8 +54,13 @@ pub struct PeersReport {
     /// Ten streams, Gbit/s: all to the only peer, and one each to ten of the many.
     pub small_tcp10_gbps: Series,
     pub large_spread10_gbps: Series,
+    /// The same ten streams outside the tunnels, over the bare switch.
+    pub bare_small_tcp10_gbps: Series,
+    pub bare_large_spread10_gbps: Series,
     pub to_one_ratio: Series,
     pub spread_ratio: Series,
+    /// What ten receivers on one machine cost without us. Reported, not judged.
+    pub bare_spread_ratio: Series,
     pub peak_rss_mib: f64,
 }
 
@@ -79,6 +85,13 @@ impl fmt::Display for PeersReport {
             series(&self.to_one_ratio),
             series(&self.spread_ratio)
         )?;
+        writeln!(
+            f,
+            "ten streams without a tunnel: {} and {} Gbit/s, spread {}",
+            series(&self.bare_small_tcp10_gbps),
+            series(&self.bare_large_spread10_gbps),
+            series(&self.bare_spread_ratio)
+        )?;
         write!(f, "peak memory of the agent with {} peers: {} MiB", self.count, table::number(self.peak_rss_mib))
     }
 }
@@ -96,14 +109,17 @@ pub fn measure(
     let mut field = Field::build(program, underlay)?;
     let small = field.mesh(binaries, 1, 1)?;
     let large = field.mesh(binaries, 2, count)?;
-    let (mut small1, mut large1, mut small10, mut large10) =
-        (Series::default(), Series::default(), Series::default(), Series::default());
+    let (to_only, to_ten) = ([0; SPREAD], std::array::from_fn::<_, SPREAD, _>(|n| n));
+    let [mut small1, mut large1, mut small10, mut large10, mut bare_small10, mut bare_large10] =
+        std::array::from_fn(|_| Series::default());
     for round in 0..rounds {
         progress.set_message(format!("round {}/{rounds}", round + 1));
-        small1.push(Some(small.carry(&[0], seconds)?));
-        large1.push(Some(large.carry(&[0], seconds)?));
-        small10.push(Some(small.carry(&[0; SPREAD], seconds)?));
-        large10.push(Some(large.carry(&std::array::from_fn::<_, SPREAD, _>(|n| n), seconds)?));
+        small1.push(Some(small.carry(&[0], Way::Tunnel, seconds)?));
+        large1.push(Some(large.carry(&[0], Way::Tunnel, seconds)?));
+        small10.push(Some(small.carry(&to_only, Way::Tunnel, seconds)?));
+        large10.push(Some(large.carry(&to_ten, Way::Tunnel, seconds)?));
+        bare_small10.push(Some(small.carry(&to_only, Way::Bare, seconds)?));
+        bare_large10.push(Some(large.carry(&to_ten, Way::Bare, seconds)?));
         progress.inc(1);
     }
     let hub = large.hub.node.pid().context("the agent has ended")?;
@@ -111,10 +127,13 @@ pub fn measure(
         count,
         to_one_ratio: large1.ratio_to(&small1),
         spread_ratio: large10.ratio_to(&small10),
+        bare_spread_ratio: bare_large10.ratio_to(&bare_small10),
         small_tcp1_gbps: small1,
         large_tcp1_gbps: large1,
         small_tcp10_gbps: small10,
         large_spread10_gbps: large10,
+        bare_small_tcp10_gbps: bare_small10,
+        bare_large_spread10_gbps: bare_large10,
         peak_rss_mib: crate::machine::peak_rss_mib(hub)?,
     })
 }
@@ -138,6 +157,8 @@ struct Mesh {
 
 struct Member {
     node: Node,
+    /// On the switch.
+    address: IpAddr,
     generator: Generator,
 }
 
@@ -186,7 +207,7 @@ impl<'a> Field<'a> {
             node.write_config()?;
             node.start()?;
             let generator = Generator::start(&host, self.program, self.lab.dir())?;
-            members.push(Member { node, generator });
+            members.push(Member { node, address, generator });
         }
         let mut members = members.into_iter();
         let mut hub = members.next().context("a mesh has a hub")?;
@@ -201,14 +222,25 @@ impl<'a> Field<'a> {
     }
 }
 
+/// By which of their addresses streams reach peers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Tunnel,
+    Bare,
+}
+
 impl Mesh {
     /// One stream from the hub to each of these peers at once, in Gbit/s of all.
-    fn carry(&self, to: &[usize], seconds: f64) -> Result<f64> {
+    fn carry(&self, to: &[usize], way: Way, seconds: f64) -> Result<f64> {
         let mut sinks: Vec<Job> = Vec::new();
         let mut targets = Vec::new();
         for peer in to {
             let peer = self.peers.get(*peer).context("no such peer")?;
-            let at = SocketAddr::new(peer.node.overlay_v4()?, 0);
+            let address = match way {
+                Way::Tunnel => peer.node.overlay_v4()?,
+                Way::Bare => peer.address,
+            };
+            let at = SocketAddr::new(address, 0);
             let meet = Meet::Listen { at, streams: 1 };
             let (sink, port) = peer.generator.receive(&Order::TcpSink { meet })?;
             sinks.push(sink);
@@ -236,8 +268,11 @@ mod tests {
             large_tcp1_gbps: none(),
             small_tcp10_gbps: none(),
             large_spread10_gbps: none(),
+            bare_small_tcp10_gbps: none(),
+            bare_large_spread10_gbps: none(),
             to_one_ratio: Series::from([to_one; 3]),
             spread_ratio: Series::from([spread; 3]),
+            bare_spread_ratio: none(),
             peak_rss_mib: 30.0,
         }
     }
