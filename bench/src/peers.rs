@@ -6,8 +6,8 @@
 //! ```
 //! Both meshes are alive all the time, have the same server, and are measured in the same rounds: one stream to one peer
 //! in each, then ten streams, to the only peer and to ten of the many, and those once more outside the tunnels: how much ten
-//! receivers on one machine cost without us. A bridge in between makes absolute figures smaller
-//! than on a bare wire; the ratios do not care.
+//! receivers on one machine cost without us. A bridge in between makes absolute figures smaller than on a bare wire; the
+//! ratios do not care.
 
 use std::{
     fmt,
