@@ -48,12 +48,49 @@ pub(super) fn measure(measuring: &Measuring<'_>, figures: &mut Figures) -> Resul
     Ok(())
 }
 
-/// Datagrams that the kernel dropped before the socket on this port of the right host, so far.
+/// Datagrams that the kernel dropped before the sockets on this port of the right host, so far.
 fn dropped(measuring: &Measuring<'_>, port: u16) -> Result<u64> {
-    let text = measuring.bed.right.host.inside(|| Ok(std::fs::read_to_string("/proc/thread-self/net/udp")?))?;
+    let sockets = measuring.bed.right.host.inside(|| Ok(std::fs::read_to_string("/proc/thread-self/net/udp")?))?;
+    dropped_unconnected(&sockets, port)
+}
+
+/// Of those that are connected to nobody: junk does not come to the others, and they come and go.
+fn dropped_unconnected(sockets: &str, port: u16) -> Result<u64> {
+    const NOBODY: &str = "00000000:0000";
     let suffix = format!(":{port:04X}");
-    let line = text.lines().find(|line| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&suffix)));
-    let line = line.with_context(|| format!("no socket has UDP port {port}"))?;
-    let drops = line.split_whitespace().last().context("an empty line")?;
-    drops.parse().with_context(|| format!("{drops} is no count"))
+    let mut all = None;
+    for line in sockets.lines() {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        let [_, local, remote, .., drops] = columns[..] else { continue };
+        if local.ends_with(&suffix) && remote == NOBODY {
+            let drops: u64 = drops.parse().with_context(|| format!("{drops} is no count"))?;
+            *all.get_or_insert(0) += drops;
+        }
+    }
+    all.with_context(|| format!("no socket has UDP port {port}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_is_connected_to_a_peer_is_not_where_junk_was_dropped() {
+        let line = |local: &str, remote: &str, drops: u64| {
+            format!(
+                "  42: {local} {remote} 07 00000000:00000000 00:00000000 00000000     0        0 1234 2 0 {drops}\n"
+            )
+        };
+        let header = "   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops\n";
+        let sockets = [
+            header.to_owned(),
+            line("0200000A:CA6C", "0100000A:CA6C", 9),
+            line("00000000:CA6C", "00000000:0000", 70),
+            line("00000000:CA6C", "00000000:0000", 7),
+            line("00000000:0035", "00000000:0000", 500),
+        ]
+        .concat();
+        assert_eq!(dropped_unconnected(&sockets, 0xca6c).unwrap(), 77);
+        assert!(dropped_unconnected(&sockets, 51821).is_err());
+    }
 }
