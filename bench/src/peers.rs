@@ -28,11 +28,13 @@ use netns_tests::{
         server::Server as DiscoveryServer,
     },
 };
+use nix::unistd::Pid;
 use serde::Serialize;
 
 use crate::{
     bed::{LINK, MTU},
     contender::agents::{await_direct, await_peers},
+    machine::Cpu,
     report::table,
     stats::Series,
     traffic::{Done, Generator, Job, Meet, Order},
@@ -57,10 +59,15 @@ pub struct PeersReport {
     /// The same ten streams outside the tunnels, over the bare switch.
     pub bare_small_tcp10_gbps: Series,
     pub bare_large_spread10_gbps: Series,
+    /// CPU of the hub's agent during ten streams through its tunnels, with the kernel's work on its back.
+    pub small_hub_cpu_ns_per_byte: Series,
+    pub large_hub_cpu_ns_per_byte: Series,
     pub to_one_ratio: Series,
     pub spread_ratio: Series,
     /// What ten receivers on one machine cost without us. Reported, not judged.
     pub bare_spread_ratio: Series,
+    /// What it costs the hub that its traffic is spread. Reported, not judged.
+    pub hub_cpu_ratio: Series,
     pub peak_rss_mib: f64,
 }
 
@@ -92,6 +99,13 @@ impl fmt::Display for PeersReport {
             series(&self.bare_large_spread10_gbps),
             series(&self.bare_spread_ratio)
         )?;
+        writeln!(
+            f,
+            "CPU of the hub, ten streams: {} and {} ns/byte, spread {}",
+            series(&self.small_hub_cpu_ns_per_byte),
+            series(&self.large_hub_cpu_ns_per_byte),
+            series(&self.hub_cpu_ratio)
+        )?;
         write!(f, "peak memory of the agent with {} peers: {} MiB", self.count, table::number(self.peak_rss_mib))
     }
 }
@@ -110,31 +124,46 @@ pub fn measure(
     let small = field.mesh(binaries, 1, 1)?;
     let large = field.mesh(binaries, 2, count)?;
     let (to_only, to_ten) = ([0; SPREAD], std::array::from_fn::<_, SPREAD, _>(|n| n));
-    let [mut small1, mut large1, mut small10, mut large10, mut bare_small10, mut bare_large10] =
-        std::array::from_fn(|_| Series::default());
+    let [
+        mut small1,
+        mut large1,
+        mut small10,
+        mut large10,
+        mut bare_small10,
+        mut bare_large10,
+        mut small_cpu,
+        mut large_cpu,
+    ] = std::array::from_fn(|_| Series::default());
     for round in 0..rounds {
         progress.set_message(format!("round {}/{rounds}", round + 1));
-        small1.push(Some(small.carry(&[0], Way::Tunnel, seconds)?));
-        large1.push(Some(large.carry(&[0], Way::Tunnel, seconds)?));
-        small10.push(Some(small.carry(&to_only, Way::Tunnel, seconds)?));
-        large10.push(Some(large.carry(&to_ten, Way::Tunnel, seconds)?));
-        bare_small10.push(Some(small.carry(&to_only, Way::Bare, seconds)?));
-        bare_large10.push(Some(large.carry(&to_ten, Way::Bare, seconds)?));
+        small1.push(Some(small.carry(&[0], Way::Tunnel, seconds)?.gbps));
+        large1.push(Some(large.carry(&[0], Way::Tunnel, seconds)?.gbps));
+        for (mesh, to, gbps, cpu) in
+            [(&small, to_only, &mut small10, &mut small_cpu), (&large, to_ten, &mut large10, &mut large_cpu)]
+        {
+            let carried = mesh.carry(&to, Way::Tunnel, seconds)?;
+            gbps.push(Some(carried.gbps));
+            cpu.push(Some(carried.hub_cpu_ns_per_byte));
+        }
+        bare_small10.push(Some(small.carry(&to_only, Way::Bare, seconds)?.gbps));
+        bare_large10.push(Some(large.carry(&to_ten, Way::Bare, seconds)?.gbps));
         progress.inc(1);
     }
-    let hub = large.hub.node.pid().context("the agent has ended")?;
     Ok(PeersReport {
         count,
         to_one_ratio: large1.ratio_to(&small1),
         spread_ratio: large10.ratio_to(&small10),
         bare_spread_ratio: bare_large10.ratio_to(&bare_small10),
+        hub_cpu_ratio: large_cpu.ratio_to(&small_cpu),
         small_tcp1_gbps: small1,
         large_tcp1_gbps: large1,
         small_tcp10_gbps: small10,
         large_spread10_gbps: large10,
         bare_small_tcp10_gbps: bare_small10,
         bare_large_spread10_gbps: bare_large10,
-        peak_rss_mib: crate::machine::peak_rss_mib(hub)?,
+        small_hub_cpu_ns_per_byte: small_cpu,
+        large_hub_cpu_ns_per_byte: large_cpu,
+        peak_rss_mib: crate::machine::peak_rss_mib(large.hub_pid()?)?,
     })
 }
 
@@ -229,9 +258,18 @@ enum Way {
     Bare,
 }
 
+struct Carried {
+    gbps: f64,
+    hub_cpu_ns_per_byte: f64,
+}
+
 impl Mesh {
-    /// One stream from the hub to each of these peers at once, in Gbit/s of all.
-    fn carry(&self, to: &[usize], way: Way, seconds: f64) -> Result<f64> {
+    fn hub_pid(&self) -> Result<Pid> {
+        self.hub.node.pid().context("the agent has ended")
+    }
+
+    /// One stream from the hub to each of these peers at once.
+    fn carry(&self, to: &[usize], way: Way, seconds: f64) -> Result<Carried> {
         let mut sinks: Vec<Job> = Vec::new();
         let mut targets = Vec::new();
         for peer in to {
@@ -246,13 +284,16 @@ impl Mesh {
             sinks.push(sink);
             targets.push(SocketAddr::new(at.ip(), port));
         }
+        let cpu = Cpu::now(&[self.hub_pid()?])?;
         self.hub.generator.run(&Order::TcpSource { meet: Meet::Connect { to: targets }, seconds })?;
-        let mut gbps = 0.0;
+        let (mut gbps, mut all) = (0.0, 0);
         for sink in sinks {
             let Done::TcpReceived { bytes, nanos } = sink.done()? else { bail!("a receiver did not tell what came") };
             gbps += bytes as f64 * 8.0 / nanos as f64;
+            all += bytes;
         }
-        Ok(gbps)
+        let cpu = cpu.used()?.processes;
+        Ok(Carried { gbps, hub_cpu_ns_per_byte: cpu.as_nanos() as f64 / all.max(1) as f64 })
     }
 }
 
@@ -270,9 +311,12 @@ mod tests {
             large_spread10_gbps: none(),
             bare_small_tcp10_gbps: none(),
             bare_large_spread10_gbps: none(),
+            small_hub_cpu_ns_per_byte: none(),
+            large_hub_cpu_ns_per_byte: none(),
             to_one_ratio: Series::from([to_one; 3]),
             spread_ratio: Series::from([spread; 3]),
             bare_spread_ratio: none(),
+            hub_cpu_ratio: none(),
             peak_rss_mib: 30.0,
         }
     }
