@@ -15,10 +15,7 @@ use anyhow::Result;
 use ipnet::IpNet;
 use netns_tests::{Host, Lab, link::connect};
 
-use crate::{
-    traffic::Generator,
-    underlay::{self, Underlay},
-};
+use crate::{conditions::Conditions, traffic::Generator};
 
 /// The link of each host.
 pub const LINK: &str = "eth0";
@@ -49,10 +46,10 @@ pub struct Bed {
 }
 
 impl Bed {
-    pub fn new(program: &Path, underlay: Underlay) -> Result<Self> {
+    pub fn new(program: &Path, conditions: &Conditions) -> Result<Self> {
         Self::joined(program, |_, left, right| {
             connect(left, LINK, right, LINK)?;
-            [left, right].into_iter().try_for_each(|host| underlay::set(host, LINK, underlay))
+            [left, right].into_iter().try_for_each(|host| conditions.apply(host, LINK))
         })
     }
 

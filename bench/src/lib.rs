@@ -1,6 +1,6 @@
 //! What measures Meshspan: the binary `mesh-bench`, and what the micro benches share.
 //!
-//! `mesh-bench throughput` reads from the ground up: [`underlay`] and [`bed`] are the wire and its two hosts, [`traffic`]
+//! `mesh-bench throughput` reads from the ground up: [`underlay`], [`conditions`] and [`bed`] are the wire and its two hosts, [`traffic`]
 //! loads them, [`rival`] and [`contender`] say who carries, [`machine`] who used the processors, [`measure`] does one
 //! contender in one round, [`throughput`] all of them, [`gates`] judges, [`report`] shows. [`peers`] compares a large mesh
 //! with a small one, [`soak`] lets one tunnel run for long, [`converge`] has one node meet a thousand others.
@@ -11,6 +11,7 @@
 pub mod bed;
 pub mod cipher;
 pub mod cli;
+pub mod conditions;
 pub mod contender;
 pub mod converge;
 pub mod gates;

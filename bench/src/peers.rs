@@ -33,12 +33,13 @@ use serde::Serialize;
 
 use crate::{
     bed::{LINK, MTU},
+    conditions::Conditions,
     contender::agents::{await_direct, await_peers},
     machine::Cpu,
     report::table,
     stats::Series,
     traffic::{Done, Generator, Job, Meet, Order},
-    underlay::{self, Underlay},
+    underlay,
 };
 
 /// Peers that the traffic is spread over.
@@ -114,13 +115,13 @@ impl fmt::Display for PeersReport {
 pub fn measure(
     binaries: &Binaries,
     program: &Path,
-    underlay: Underlay,
+    conditions: &Conditions,
     count: usize,
     (rounds, seconds): (u32, f64),
     progress: &ProgressBar,
 ) -> Result<PeersReport> {
     progress.set_message(format!("starting a mesh of {count} peers and one of one"));
-    let mut field = Field::build(program, underlay)?;
+    let mut field = Field::build(program, conditions)?;
     let small = field.mesh(binaries, 1, 1)?;
     let large = field.mesh(binaries, 2, count)?;
     let (to_only, to_ten) = ([0; SPREAD], std::array::from_fn::<_, SPREAD, _>(|n| n));
@@ -170,7 +171,7 @@ pub fn measure(
 /// The switch and everybody on it.
 struct Field<'a> {
     program: &'a Path,
-    underlay: Underlay,
+    conditions: &'a Conditions,
     switch: Host,
     hosts: u16,
     server: Option<(DiscoveryServer, ServerAddress)>,
@@ -192,11 +193,11 @@ struct Member {
 }
 
 impl<'a> Field<'a> {
-    fn build(program: &'a Path, underlay: Underlay) -> Result<Self> {
+    fn build(program: &'a Path, conditions: &'a Conditions) -> Result<Self> {
         let mut lab = Lab::new()?;
         let switch = lab.host("switch")?;
         switch.add_bridge("br0")?;
-        Ok(Self { program, underlay, switch, hosts: 0, server: None, lab })
+        Ok(Self { program, conditions, switch, hosts: 0, server: None, lab })
     }
 
     fn host(&mut self, name: &str) -> Result<(Host, IpAddr)> {
@@ -205,8 +206,8 @@ impl<'a> Field<'a> {
         let host = self.lab.host(name)?;
         let port = format!("port{}", self.hosts);
         connect(&self.switch, &port, &host, LINK)?;
-        underlay::set(&self.switch, &port, self.underlay)?;
-        underlay::set(&host, LINK, self.underlay)?;
+        underlay::set(&self.switch, &port, self.conditions.underlay)?;
+        self.conditions.apply(&host, LINK)?;
         self.switch.enslave(&port, "br0")?;
         let address = Ipv4Addr::new(10, 0, high, low).into();
         host.add_address(LINK, IpNet::new(address, 16)?)?;

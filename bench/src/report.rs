@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use crate::{
+    conditions::Conditions,
     contender::{MESHSPAN, NO_CRYPTO, VETH},
     gates::Judged,
     machine::Machine,
@@ -16,14 +17,14 @@ use crate::{
     metric::Metric,
     peers::PeersReport,
     stats::Series,
-    underlay::Underlay,
 };
 
 /// A whole run. Fields in the order of the JSON line.
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub ok: bool,
-    pub underlay: Underlay,
+    #[serde(flatten)]
+    pub conditions: Conditions,
     pub machine: Machine,
     /// Known rivals that are not installed.
     pub missing: Vec<String>,
@@ -136,6 +137,7 @@ fn by_name<S: Serializer>(all: &[Measured], serializer: S) -> Result<S::Ok, S::E
 pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::underlay::Underlay;
 
     /// A contender with the same figures in each of three rounds but for a little noise.
     pub(crate) fn measured(name: &str, figures: &[(Metric, f64)]) -> Measured {
@@ -149,7 +151,7 @@ pub(crate) mod tests {
     pub(crate) fn report(contenders: Vec<Measured>, ceilings: Vec<Measured>) -> Report {
         Report {
             ok: true,
-            underlay: Underlay::On,
+            conditions: Conditions { underlay: Underlay::On, congestion: "cubic".into() },
             machine: Machine {
                 cpu_model: "A <fast> CPU & more".into(),
                 cores: 2,
@@ -183,7 +185,7 @@ pub(crate) mod tests {
         for field in ["ok", "underlay", "machine", "missing", "contenders", "ceilings", "ratios"] {
             assert!(!json[field].is_null(), "no {field} in {json}");
         }
-        assert_eq!(json["underlay"], "on");
+        assert_eq!((json["underlay"].as_str(), json["congestion"].as_str()), (Some("on"), Some("cubic")));
         let ours = &json["contenders"][0];
         assert_eq!((ours["name"].as_str(), ours["version"].as_str()), (Some("meshspan"), Some("1.0")));
         for key in ["tcp1_gbps", "udp64_lossfree_kpps", "peak_rss_mib"] {

@@ -16,6 +16,7 @@ use netns_tests::{binaries::Binaries, program};
 use crate::{
     bed::Bed,
     cipher,
+    conditions::Conditions,
     contender::{Contender, MESHSPAN},
     gates, iperf3,
     machine::Machine,
@@ -49,6 +50,9 @@ pub struct Args {
     /// What the wire can do for a sender: carry super-packets whole; software segmentation and GRO; neither.
     #[arg(long, value_enum, default_value_t = Underlay::On)]
     underlay: Underlay,
+    /// The congestion control of whoever sends TCP, by the kernel's name, such as cubic; else this machine's.
+    #[arg(long, value_name = "NAME")]
+    congestion: Option<String>,
     /// One more rival. The command stays in the foreground; `{}` in it is the name of the link, else that is appended.
     #[arg(long = "rival", value_name = "NAME=COMMAND")]
     rivals: Vec<Rival>,
@@ -79,6 +83,12 @@ pub struct Args {
     /// Write the plot of TCP throughput.
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+}
+
+impl Args {
+    fn conditions(&self) -> Result<Conditions> {
+        Conditions::new(self.underlay, self.congestion.as_deref())
+    }
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -113,10 +123,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 fn measure_peers(args: &Args, binaries: &Binaries, program: &Path, count: u16) -> Result<Report> {
     let progress = progress(args.rounds.into());
-    let found = peers::measure(binaries, program, args.underlay, count.into(), (args.rounds, args.seconds), &progress)?;
+    let conditions = args.conditions()?;
+    let found = peers::measure(binaries, program, &conditions, count.into(), (args.rounds, args.seconds), &progress)?;
     progress.finish_and_clear();
     let ok = found.ok();
-    Ok(Report { ok, peers: Some(found), ..Report::empty(args.underlay, args.rounds, args.seconds)? })
+    Ok(Report { ok, peers: Some(found), ..Report::empty(conditions, args.rounds, args.seconds)? })
 }
 
 fn measure(args: &Args, binaries: &Binaries, program: &Path) -> Result<Report> {
@@ -124,6 +135,8 @@ fn measure(args: &Args, binaries: &Binaries, program: &Path) -> Result<Report> {
     let names: Vec<String> = contenders.iter().map(|contender| contender.name().to_owned()).collect();
     rival::require(&args.require, &names)?;
     let mut run = Run::new(args, program, contenders)?;
+    // What no bed can have is one error at once, not one for each contender in each round.
+    drop(Bed::new(program, &run.conditions)?);
     run.all_rounds();
     run.finish(missing)
 }
@@ -148,6 +161,7 @@ fn line_up(args: &Args, binaries: &Binaries) -> Result<(Vec<Contender>, Vec<Stri
 /// The rounds under way.
 struct Run<'a> {
     args: &'a Args,
+    conditions: Conditions,
     program: &'a Path,
     contenders: Vec<Contender>,
     steps: Vec<Step>,
@@ -172,6 +186,7 @@ impl<'a> Run<'a> {
         let progress = progress(u64::from(rounds) * (contenders.len() * steps.len()) as u64);
         Ok(Self {
             args,
+            conditions: args.conditions()?,
             program,
             contenders,
             steps,
@@ -211,7 +226,7 @@ impl<'a> Run<'a> {
     fn measure(&mut self, round: usize, which: usize, contender: &Contender, figures: &mut Figures) -> Result<()> {
         let label = format!("round {}/{} · {}", round + 1, self.rounds, contender.name());
         self.progress.set_message(label.clone());
-        let bed = Bed::new(self.program, self.args.underlay)?;
+        let bed = Bed::new(self.program, &self.conditions)?;
         let mut running = contender.start(&bed)?;
         // Handshakes and first allocations are not what is measured.
         let before: Figures =
@@ -259,7 +274,7 @@ impl<'a> Run<'a> {
         let gates = if self.args.smoke {
             Vec::new()
         } else {
-            gates::judge(self.args.underlay, &contenders, &ceilings, &self.cipher)
+            gates::judge(self.conditions.underlay, &contenders, &ceilings, &self.cipher)
         };
         // A rival that fails where it is not required is its own problem, and is shown.
         let counts = |name: &str| {
@@ -280,17 +295,17 @@ impl<'a> Run<'a> {
             failures: self.failures.into_iter().map(|(_, what)| what).collect(),
             cipher_ns_per_byte: self.cipher,
             iperf3_ratio: self.iperf3,
-            ..Report::empty(self.args.underlay, self.rounds, self.seconds)?
+            ..Report::empty(self.conditions, self.rounds, self.seconds)?
         })
     }
 }
 
 impl Report {
     /// Nothing was measured.
-    fn empty(underlay: Underlay, rounds: u32, seconds: f64) -> Result<Self> {
+    fn empty(conditions: Conditions, rounds: u32, seconds: f64) -> Result<Self> {
         Ok(Self {
             ok: false,
-            underlay,
+            conditions,
             machine: Machine::here()?,
             missing: Vec::new(),
             contenders: Vec::new(),

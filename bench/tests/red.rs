@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
+    net::{Ipv4Addr, TcpListener},
     path::Path,
     process::{Command, Output},
     time::Duration,
@@ -9,6 +10,7 @@ use std::{
 
 use mesh_bench::{
     bed::{Bed, LINK},
+    conditions::Conditions,
     contender::Contender,
     converge::{ConvergeReport, Converged, Rest},
     measure::{Figures, Measuring},
@@ -31,6 +33,7 @@ use netns_tests::{
     nft::rules::{Chain, ChainType, Family, Hook, Rule, Table, Verdict},
     wait,
 };
+use nix::sys::socket::{getsockopt, sockopt};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_mesh-bench");
 
@@ -71,10 +74,31 @@ fn each_kind_of_wire_is_what_it_says() {
         return;
     }
     for underlay in Underlay::ALL {
-        let bed = Bed::new(Path::new(PROGRAM), underlay).unwrap();
+        let bed = Bed::new(Path::new(PROGRAM), &Conditions::new(underlay, None).unwrap()).unwrap();
         let figures = over_the_wire(&bed, &[Step::Tcp1, Step::Reverse, Step::Bidir]).unwrap();
         assert!(figures[&Metric::Tcp1] > 0.1 && figures[&Metric::CpuPerByte] > 0.0, "{underlay}: {figures:?}");
     }
+}
+
+#[test]
+fn tcp_has_the_congestion_control_that_the_report_names() {
+    if enter_or_skip("tcp_has_the_congestion_control_that_the_report_names") == Entry::Handled {
+        return;
+    }
+    let bed = |congestion: Option<&str>| {
+        let conditions = Conditions::new(Underlay::On, congestion).unwrap();
+        Bed::new(Path::new(PROGRAM), &conditions).map(|bed| (bed, conditions.congestion))
+    };
+    // Every kernel has Reno.
+    for asked in [None, Some("reno")] {
+        let (bed, told) = bed(asked).unwrap();
+        for end in bed.ends() {
+            let socket = end.host.inside(|| Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?)).unwrap();
+            assert_eq!(getsockopt(&socket, sockopt::TcpCongestion).unwrap().to_str(), Some(told.as_str()));
+        }
+    }
+    let error = format!("{:#}", bed(Some("teapot")).unwrap_err());
+    assert!(error.contains("congestion control teapot") && error.contains("reno"), "{error}");
 }
 
 /// Runs the program to its end, with the programs that this test built.

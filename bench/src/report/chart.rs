@@ -47,8 +47,10 @@ pub fn bars(report: &Report, metric: Metric) -> String {
     line(format!(r#"<title>{}</title>"#, escape(metric.label())));
     line(format!(r##"<text x="0" y="16" font-weight="600" fill="#1b1f24">{}</text>"##, escape(metric.label())));
     line(format!(
-        r##"<text x="0" y="34" font-size="11" fill="#57606a">median of {} rounds, whisker from smallest to largest; {better}; underlay {}</text>"##,
-        report.rounds, report.underlay
+        r##"<text x="0" y="34" font-size="11" fill="#57606a">median of {} rounds, whisker from smallest to largest; {better}; underlay {}, TCP {}</text>"##,
+        report.rounds,
+        report.conditions.underlay,
+        escape(&report.conditions.congestion)
     ));
     for (row, (measured, ceiling)) in shown.into_iter().enumerate() {
         let Some(series) = measured.series(metric) else { continue };

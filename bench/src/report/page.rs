@@ -43,12 +43,13 @@ pub fn render(report: &Report) -> String {
     ));
     add("<h1>Tunnel throughput on one machine</h1>".to_owned());
     add(format!(
-        "<p>{}, {} cores, {} MiB, Linux {}. Underlay <b>{}</b>, {} rounds of {} s, interleaved. Verdict: <b class=\"{}\">{}</b>.</p>",
+        "<p>{}, {} cores, {} MiB, Linux {}. Underlay <b>{}</b>, TCP <b>{}</b>, {} rounds of {} s, interleaved. Verdict: <b class=\"{}\">{}</b>.</p>",
         escape(&machine.cpu_model),
         machine.cores,
         machine.memory_mib,
         escape(&machine.kernel),
-        report.underlay,
+        report.conditions.underlay,
+        escape(&report.conditions.congestion),
         report.rounds,
         report.seconds,
         if report.ok { "ok" } else { "missed" },
@@ -132,8 +133,12 @@ mod tests {
             vec![measured("meshspan", &figures), measured("a & <b>", &figures)],
             vec![measured("veth", &figures)],
         );
-        report.gates =
-            crate::gates::judge(report.underlay, &report.contenders, &report.ceilings, &Series::from([1.0; 3]));
+        report.gates = crate::gates::judge(
+            report.conditions.underlay,
+            &report.contenders,
+            &report.ceilings,
+            &Series::from([1.0; 3]),
+        );
         report.failures.push("round 1, a & <b>: gone".into());
         let html = render(&report);
         let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };

@@ -13,8 +13,14 @@ use crate::{
 pub fn render(report: &Report) -> String {
     let machine = &report.machine;
     let mut text = format!(
-        "{}, {} cores, Linux {}, underlay {}, {} rounds of {} s\n",
-        machine.cpu_model, machine.cores, machine.kernel, report.underlay, report.rounds, report.seconds
+        "{}, {} cores, Linux {}, underlay {}, TCP {}, {} rounds of {} s\n",
+        machine.cpu_model,
+        machine.cores,
+        machine.kernel,
+        report.conditions.underlay,
+        report.conditions.congestion,
+        report.rounds,
+        report.seconds
     );
     let all: Vec<&Measured> = report.contenders.iter().chain(&report.ceilings).collect();
     for measured in &all {
@@ -123,7 +129,7 @@ mod tests {
     #[test]
     fn a_table_shows_each_contender_what_is_missing_and_the_verdict() {
         let mut report = report(vec![measured("meshspan", &[(Metric::Tcp1, 4.0)])], vec![]);
-        report.gates = crate::gates::judge(report.underlay, &report.contenders, &[], &Series::default());
+        report.gates = crate::gates::judge(report.conditions.underlay, &report.contenders, &[], &Series::default());
         report.ok = false;
         report.failures.push("round 1, gotatun, tcp8: it ended".into());
         let text = render(&report);
