@@ -1,7 +1,8 @@
 //! What every contender of a run finds alike: the wire, and the congestion control of whoever sends TCP.
 //!
-//! The latter is a setting of the machine, and tells on every figure of TCP: BBR lets one super-packet go at a time by a timer of its
-//! own, cubic lets as many go as the window holds. So it is set, never left to what a new namespace happens to get, and told.
+//! The latter is a setting of the machine, and tells on every figure of TCP: BBR lets one super-packet go at a time by a
+//! timer of its own, cubic lets as many go as the window holds. So it is set, never left to what a new namespace happens to
+//! get, and told.
 
 use std::fs;
 
@@ -36,8 +37,13 @@ impl Conditions {
         underlay::set(host, link, self.underlay)?;
         let name = &self.congestion;
         host.set_sysctl(KEY, name).with_context(|| {
-            let loaded = host.sysctl("ipv4/tcp_available_congestion_control").unwrap_or_default();
-            format!("TCP cannot have the congestion control {name}; the kernel has {loaded} (modprobe tcp_{name} may add it)")
+            let of = |which: &str| host.sysctl(&format!("ipv4/tcp_{which}_congestion_control")).unwrap_or_default();
+            format!(
+                "TCP cannot have the congestion control {name}: the kernel has {} (modprobe tcp_{name} may add it), and namespaces \
+                 may set {} (sysctl net.ipv4.tcp_allowed_congestion_control)",
+                of("available"),
+                of("allowed")
+            )
         })
     }
 }
